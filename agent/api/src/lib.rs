@@ -1,0 +1,1 @@
+//! What the node may ask of the agent: plans, reports and a few requests.

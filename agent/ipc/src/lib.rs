@@ -1,0 +1,1 @@
+//! Bounded SEQPACKET messages with passed descriptors between the processes of one node.

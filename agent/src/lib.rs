@@ -1,0 +1,1 @@
+//! The privileged hand of one node.

@@ -1,0 +1,1 @@
+//! What users and tools see: specs, views, errors, client.

@@ -1,0 +1,1 @@
+//! Root file systems and guest kernels from foreign formats.

@@ -1,0 +1,1 @@
+//! The unprivileged cluster process: Raft state, API, plans.

@@ -1,0 +1,1 @@
+//! Bridges, TAPs, addresses and packet filter of one node.

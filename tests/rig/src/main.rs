@@ -1,0 +1,2 @@
+//! blixard-rig.
+fn main() {}

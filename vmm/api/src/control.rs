@@ -1,0 +1,128 @@
+//! What may be asked of a running VMM, and the events it sends.
+//!
+//! One request or event is one JSON SEQPACKET datagram of at most [`MESSAGE_BYTES_MAX`] bytes on a connection to the
+//! control socket. Each request gets exactly one [`Reply`] on its connection, in order. After [`Request::Subscribe`] the
+//! connection also carries [`Event`]s. Any number of clients may come and go; the VM does not notice.
+//!
+//! A running VM outlives agents of newer versions: fields are only added, with a default, and a reader ignores
+//! fields that it does not know.
+
+use serde::{Deserialize, Serialize};
+
+use crate::exit::ExitReason;
+use crate::guest::WorkloadExit;
+use crate::id::VmId;
+
+/// Longest message in bytes, either way.
+pub const MESSAGE_BYTES_MAX: usize = 64 << 10;
+
+/// A request to a running VMM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Request {
+    /// Answers [`Reply::Status`].
+    Status,
+    /// Answers [`Reply::Status`], then sends an [`Event`] for each later change.
+    Subscribe,
+    /// Stops all vCPUs until [`Request::Resume`]. Legal when running; harmless when paused.
+    Pause,
+    /// Lets all vCPUs run. Legal when paused; harmless when running.
+    Resume,
+    /// Asks the guest to end its workload and power off, over the guest link. Does not wait.
+    Stop,
+    /// Ends the VM at once with [`ExitReason::Killed`]. The reply may or may not arrive.
+    Kill,
+    /// Answers [`Reply::Stats`].
+    Stats,
+}
+
+/// The answer to a request.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Reply {
+    /// Done.
+    Done,
+    /// How the VM is.
+    Status(Status),
+    /// Counters by name, for example `blk.root.read_bytes`; they only grow during the life of the process.
+    Stats(std::collections::BTreeMap<String, u64>),
+    /// Not done, and why.
+    Refused {
+        /// What was wrong with the request or the moment.
+        reason: String,
+    },
+}
+
+/// How a VM is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// Identity, as configured.
+    pub vm: VmId,
+    /// What it does now.
+    pub phase: Phase,
+    /// The guest's init reported ready.
+    #[serde(default)]
+    pub guest_ready: bool,
+    /// How the workload ended, once it has.
+    #[serde(default)]
+    pub workload: Option<WorkloadExit>,
+    /// What the guest's init says went wrong, at most 512 bytes.
+    #[serde(default)]
+    pub guest_problem: Option<String>,
+    /// When things happened.
+    #[serde(default)]
+    pub times: BootTimes,
+}
+
+/// What a VMM does now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    /// vCPUs run.
+    Running,
+    /// vCPUs are stopped and will go on.
+    Paused,
+}
+
+/// Moments of a boot in microseconds of CLOCK_MONOTONIC of the host; absent when not reached.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BootTimes {
+    /// `main` of the VMM began.
+    #[serde(default)]
+    pub process_start_us: Option<u64>,
+    /// The first vCPU was about to run its first instruction.
+    #[serde(default)]
+    pub vcpu_start_us: Option<u64>,
+    /// First byte on the serial console.
+    #[serde(default)]
+    pub first_serial_us: Option<u64>,
+    /// The guest's init connected to the guest link (it does so before it mounts anything).
+    #[serde(default)]
+    pub init_start_us: Option<u64>,
+    /// The guest's init reported ready.
+    #[serde(default)]
+    pub guest_ready_us: Option<u64>,
+    /// The guest wrote 123 to the boot timer.
+    #[serde(default)]
+    pub boot_timer_us: Option<u64>,
+}
+
+/// Something that happened.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Event {
+    /// [`Status`] changed; the newest one. Several changes may be told by one event.
+    Changed(Status),
+    /// The VM has ended; the process exits next and the connection closes.
+    Exited(ExitReason),
+}
+
+/// What a client reads from its connection.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FromVmm {
+    /// Answer to the oldest request that has none.
+    Reply(Reply),
+    /// News, after [`Request::Subscribe`].
+    Event(Event),
+}

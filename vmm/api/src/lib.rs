@@ -1,0 +1,18 @@
+//! Words shared by agent, VMM and guest. Types and their checks only: no I/O, no clock, no randomness.
+//!
+//! * [`id`]: the identity of a VM
+//! * [`config`]: everything one VMM process is given, by descriptor name
+//! * [`control`]: what may be asked of a running VMM, and the events it sends
+//! * [`exit`]: why a VM ended, as a value and as a process exit code
+//! * [`guest`]: what the host tells the guest at boot, and the messages between both over vsock
+#![forbid(unsafe_code)]
+
+pub mod config;
+pub mod control;
+pub mod exit;
+pub mod guest;
+pub mod id;
+
+pub use config::VmConfig;
+pub use exit::ExitReason;
+pub use id::VmId;

@@ -1,0 +1,127 @@
+//! What a virtio device is here: a value that lives in the I/O thread.
+//!
+//! ```text
+//!            driver sets DRIVER_OK: activate()
+//!  Inactive ─────────────────────────────────► Active   queue kicks, descriptor events, control requests
+//!     ▲                                          │
+//!     └────────────── reset: deactivate() ◄──────┘
+//! ```
+//!
+//! The PCI transport (registers, MSI-X table) answers vCPU threads; the device itself is touched by the I/O thread only.
+//! What a vCPU reads of the device's configuration is a [`ConfigSpace`] shared by both.
+
+use std::os::fd::RawFd;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use vm_memory::GuestMemoryMmap;
+
+use super::queue::Queue;
+
+/// Guest memory as all parts of the VMM share it.
+pub type GuestMemory = GuestMemoryMmap<()>;
+
+/// Virtio device ids (virtio 1.3 section 5).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u16)]
+pub enum DeviceKind {
+    /// Network card.
+    Net = 1,
+    /// Block device.
+    Block = 2,
+    /// Entropy source.
+    Rng = 4,
+    /// Host-guest streams.
+    Vsock = 19,
+}
+
+/// Device-specific configuration space, at most 256 bytes, readable by vCPUs while the I/O thread owns the device.
+#[derive(Debug, Clone, Default)]
+pub struct ConfigSpace(Arc<Mutex<Vec<u8>>>);
+
+impl ConfigSpace {
+    /// A configuration space with this content.
+    pub fn new(bytes: Vec<u8>) -> Self {
+        Self(Arc::new(Mutex::new(bytes)))
+    }
+
+    /// Reads at `offset`; bytes beyond the end read as 0.
+    pub fn read(&self, offset: usize, data: &mut [u8]) {
+        let bytes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        data.fill(0);
+        let from = bytes.get(offset..).unwrap_or_default();
+        for (to, from) in data.iter_mut().zip(from) {
+            *to = *from;
+        }
+    }
+
+    /// Replaces the content (for example after a resize). The caller raises the configuration interrupt.
+    pub fn set(&self, new: Vec<u8>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = new;
+    }
+}
+
+/// Raises interrupts of one device; cheap to clone, usable from any thread.
+pub trait Interrupt: Send + Sync {
+    /// Tells the driver that queue `index` has used buffers.
+    fn used(&self, index: u16);
+    /// Tells the driver that the configuration space changed.
+    fn config_changed(&self);
+    /// The device found the driver's memory nonsense: sets DEVICE_NEEDS_RESET and tells the driver
+    /// (virtio 1.3 section 2.1.2). The device then ignores its queues until it is reset.
+    fn needs_reset(&self);
+}
+
+/// What a device gets when its driver is ready.
+pub struct Activation {
+    /// Guest memory.
+    pub memory: GuestMemory,
+    /// Features that both sides agreed on.
+    pub features: u64,
+    /// The queues, by index. Queues that the driver did not enable have [`Queue::is_enabled`] false.
+    pub queues: Vec<Queue>,
+    /// How to raise interrupts.
+    pub interrupt: Arc<dyn Interrupt>,
+}
+
+/// Where a device registers descriptors that the I/O thread watches for it. `token` is the device's own name for the
+/// event; it comes back in [`Device::on_event`].
+pub trait Watch {
+    /// Watches `fd`. `events` is a set of `EPOLLIN`, `EPOLLOUT`, `EPOLLET`, `EPOLLRDHUP`.
+    ///
+    /// # Errors
+    /// The system's answer.
+    fn add(&mut self, fd: RawFd, events: u32, token: u64) -> std::io::Result<()>;
+    /// Changes what is watched.
+    ///
+    /// # Errors
+    /// The system's answer.
+    fn modify(&mut self, fd: RawFd, events: u32, token: u64) -> std::io::Result<()>;
+    /// Stops watching. Must be called before the descriptor is closed.
+    fn remove(&mut self, fd: RawFd);
+}
+
+/// A virtio device. All methods but the first four run on the I/O thread and must not block.
+pub trait Device: Send {
+    /// Kind of device.
+    fn kind(&self) -> DeviceKind;
+    /// Features offered by the device (bits of its own; the transport adds VERSION_1 and those of the ring).
+    fn features(&self) -> u64;
+    /// Largest size of each queue, a power of two each; its length is the number of queues.
+    fn queue_sizes(&self) -> &[u16];
+    /// The configuration space, shared with the transport.
+    fn config(&self) -> ConfigSpace;
+    /// The driver is ready.
+    fn activate(&mut self, activation: Activation, watch: &mut dyn Watch);
+    /// The driver kicked queue `index`.
+    fn on_kick(&mut self, index: u16, watch: &mut dyn Watch);
+    /// A watched descriptor is ready.
+    fn on_event(&mut self, token: u64, events: u32, watch: &mut dyn Watch);
+    /// The driver resets the device: stop watching, wait for what is in flight, drop queues and memory.
+    fn deactivate(&mut self, watch: &mut dyn Watch);
+    /// The VM was paused (`true`) or goes on (`false`); a paused device starts nothing new. Default: nothing to do.
+    fn on_pause(&mut self, _paused: bool, _watch: &mut dyn Watch) {}
+    /// Counters by name, for example `read_bytes`.
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        Vec::new()
+    }
+}
