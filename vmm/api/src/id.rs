@@ -8,7 +8,7 @@ use ulid::Ulid;
 
 /// Identity of one VM for its whole life, on whatever node it runs. 26 characters of Crockford base 32.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(transparent)]
+#[serde(try_from = "String", into = "String")]
 pub struct VmId(Ulid);
 
 /// A text that is not the id of a VM.
@@ -36,6 +36,20 @@ impl VmId {
     }
 }
 
+impl From<VmId> for String {
+    fn from(id: VmId) -> Self {
+        id.to_string()
+    }
+}
+
+impl TryFrom<String> for VmId {
+    type Error = NotAVmId;
+
+    fn try_from(text: String) -> Result<Self, NotAVmId> {
+        text.parse()
+    }
+}
+
 impl fmt::Display for VmId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.fmt(f)
@@ -54,7 +68,7 @@ impl FromStr for VmId {
     fn from_str(text: &str) -> Result<Self, NotAVmId> {
         // Only the canonical spelling is accepted: ids are used as file and cgroup names.
         match Ulid::from_string(text) {
-            Ok(id) if id.to_string() == text => Ok(Self(id)),
+            Ok(id) if id.array_to_str(&mut [0; ulid::ULID_LEN]) == text => Ok(Self(id)),
             _ => Err(NotAVmId { text: text.chars().take(64).collect() }),
         }
     }
