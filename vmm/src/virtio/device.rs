@@ -120,6 +120,10 @@ pub trait Device: Send {
     fn deactivate(&mut self, watch: &mut dyn Watch);
     /// The VM was paused (`true`) or goes on (`false`); a paused device starts nothing new. Default: nothing to do.
     fn on_pause(&mut self, _paused: bool, _watch: &mut dyn Watch) {}
+    /// Why the device asked for a reset, until it gets one.
+    fn failure(&self) -> Option<String> {
+        None
+    }
     /// Counters by name, for example `read_bytes`.
     fn counters(&self) -> Vec<(&'static str, u64)> {
         Vec::new()

@@ -1,0 +1,12 @@
+//! Virtio devices: the contract, the queues and the devices.
+
+pub mod chain;
+pub mod device;
+pub mod failure;
+#[cfg(any(test, feature = "guest-driver"))]
+pub mod guest_driver;
+pub mod queue;
+#[cfg(test)]
+mod queue_test;
+pub mod rng;
+pub mod turn;
