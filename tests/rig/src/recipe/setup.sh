@@ -12,15 +12,30 @@ echo rig >/etc/hostname
 echo 'nameserver 10.0.2.3' >/etc/resolv.conf
 echo '/dev/vda / ext4 noatime,noinit_itable 0 1' >/etc/fstab
 
+# /etc/rig/segment (MAC and address on the private segment) is written when a run starts; it is a file so that
+# a host that reboots in the middle of a run comes back with the same addresses.
+mkdir -p /etc/rig
+cat >/usr/local/sbin/rig-network <<'X'
+#!/bin/sh -e
+case $1 in
+control) ip link set lo up; ip addr add 10.0.2.15/24 dev eth0; ip link set eth0 up; ip route add default via 10.0.2.2 ;;
+segment) [ -s /etc/rig/segment ] || exit 0
+    read -r mac address </etc/rig/segment
+    ip link set eth1 address "$mac"; ip addr add "$address" dev eth1; ip link set eth1 up ;;
+esac
+X
+chmod +x /usr/local/sbin/rig-network
 cat >/etc/systemd/system/rig-network.service <<X
 [Unit]
-Description=Control network of the emulated host
+Description=Networks of the emulated host
 DefaultDependencies=no
+After=systemd-remount-fs.service
 Before=network.target
 [Service]
 Type=oneshot
 RemainAfterExit=yes
-ExecStart=/bin/sh -ec 'ip link set lo up; ip addr add 10.0.2.15/24 dev eth0; ip link set eth0 up; ip route add default via 10.0.2.2'
+ExecStart=/usr/local/sbin/rig-network control
+ExecStart=/usr/local/sbin/rig-network segment
 [Install]
 WantedBy=sysinit.target
 X
