@@ -1,0 +1,55 @@
+# What one can do here. `make` alone explains.
+.DEFAULT_GOAL := help
+SHELL := /bin/sh
+CARGO ?= cargo
+TARGET := x86_64-unknown-linux-musl
+DEBUG := target/$(TARGET)/debug
+RELEASE := target/$(TARGET)/release
+PROGRAMS := -p blixard-cli -p blixard-node -p blixard-agent -p blixard-netd -p blixard-vmm -p blixard-init -p blixard-rig
+
+.PHONY: help
+help: ## this text
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+.PHONY: demo
+demo: prerequisites-build ## a VM from nothing: boots, answers exec, fetches a page, is removed without trace
+	$(CARGO) build --release $(PROGRAMS)
+	sh tests/demo.sh $(RELEASE)
+
+.PHONY: test
+test: prerequisites-build ## all tests: unit, property, small guests on /dev/kvm, whole system in the rig
+	sh tests/all.sh
+
+.PHONY: test-unit
+test-unit: prerequisites-build ## only what runs as an ordinary process, and small guests where /dev/kvm is
+	sh tests/all.sh unit
+
+.PHONY: test-rig
+test-rig: prerequisites-build ## only the whole system in the rig; FILTER=name picks tests
+	sh tests/all.sh rig $(FILTER)
+
+.PHONY: check
+check: ## format, lints, dependency rules, documentation; reads only
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --quiet
+	@if command -v cargo-deny >/dev/null; then cargo deny check licenses bans sources; \
+	else echo "skipped: dependency rules (deny.toml): cargo-deny is not installed; cargo install cargo-deny"; fi
+
+.PHONY: fix
+fix: ## repair what `make check` finds, where a program can
+	$(CARGO) fmt --all
+	$(CARGO) clippy --workspace --all-targets --fix --allow-dirty --allow-staged
+
+.PHONY: bench
+bench: prerequisites-build ## benchmarks: tables, and JSON in target/bench
+	$(CARGO) build --release $(PROGRAMS) -p blixard-bench
+	sh bench/all.sh $(RELEASE)
+
+.PHONY: fuzz
+fuzz: ## each fuzz target for SECONDS=60 (needs a nightly toolchain and cargo-fuzz)
+	sh fuzz/all.sh $(or $(SECONDS),60)
+
+.PHONY: prerequisites-build
+prerequisites-build:
+	@sh tests/prerequisites.sh build
