@@ -115,22 +115,26 @@ struct Cursor<'a> {
 
 impl<'a> Cursor<'a> {
     /// The next contiguous piece of at most `limit` bytes, and moves behind it.
-    fn next(&mut self, limit: usize) -> Result<Option<VolatileSlice<'a>>, ChainError> {
-        let Some((first, rest)) = self.segments.split_first() else { return Ok(None) };
+    fn next_segment(&mut self, limit: usize) -> Option<Segment> {
+        let (first, rest) = self.segments.split_first()?;
         let ahead = first.length.saturating_sub(self.offset);
         let length = ahead.min(u32::try_from(limit.min(self.left)).unwrap_or(u32::MAX));
         if length == 0 {
-            return Ok(None);
+            return None;
         }
         let address = GuestAddress(first.address.0.wrapping_add(u64::from(self.offset)));
-        let slice = self.memory.get_slice(address, length as usize).map_err(ChainError::Memory)?;
         if length == ahead {
             (self.segments, self.offset) = (rest, 0);
         } else {
             self.offset += length;
         }
         self.left -= length as usize;
-        Ok(Some(slice))
+        Some(Segment { address, length })
+    }
+
+    fn next(&mut self, limit: usize) -> Result<Option<VolatileSlice<'a>>, ChainError> {
+        let Some(segment) = self.next_segment(limit) else { return Ok(None) };
+        self.memory.get_slice(segment.address, segment.length as usize).map(Some).map_err(ChainError::Memory)
     }
 
     fn need(&self, wanted: usize) -> Result<(), ChainError> {
@@ -205,6 +209,11 @@ impl<'a> Reader<'a> {
         self.0.split(length).map(Reader)
     }
 
+    /// The next contiguous piece of at most `limit` bytes, by its place; moves behind it.
+    pub fn next_segment(&mut self, limit: usize) -> Option<Segment> {
+        self.0.next_segment(limit)
+    }
+
     /// The next contiguous piece of at most `limit` bytes; moves behind it.
     ///
     /// # Errors
@@ -246,6 +255,11 @@ impl<'a> Writer<'a> {
     /// Fewer bytes are left.
     pub fn split(&mut self, length: usize) -> Result<Self, ChainError> {
         self.0.split(length).map(Writer)
+    }
+
+    /// The next contiguous piece of at most `limit` bytes, by its place; moves behind it.
+    pub fn next_segment(&mut self, limit: usize) -> Option<Segment> {
+        self.0.next_segment(limit)
     }
 
     /// The next contiguous piece of at most `limit` bytes; moves behind it.

@@ -1,10 +1,17 @@
 //! Virtio devices: the contract, the queues and the devices.
 
+pub mod backing;
+pub mod block;
+pub mod block_engine;
+pub mod block_request;
+#[cfg(test)]
+mod block_test;
 pub mod chain;
 pub mod device;
 pub mod failure;
 #[cfg(any(test, feature = "guest-driver"))]
 pub mod guest_driver;
+pub mod iovec;
 pub mod queue;
 #[cfg(test)]
 mod queue_test;

@@ -409,12 +409,16 @@ impl Queue {
         Ok(())
     }
 
-    /// Gives `chain` back with `written` bytes filled in. The driver sees it after [`Self::publish`].
+    /// Gives `chain` back with `written` bytes filled in. The driver sees it after [`Self::publish`]. A disabled queue drops
+    /// it: so ends what was in flight when the device failed.
     ///
     /// # Errors
     /// Guest memory under the ring went away.
     pub fn add_used(&mut self, chain: Chain, written: u32) -> Result<(), QueueError> {
-        let slot = self.next_used.0 & self.size.wrapping_sub(1);
+        if !self.is_enabled() {
+            return Ok(());
+        }
+        let slot = self.next_used.0 & (self.size - 1);
         let at = self.ring_address(self.used, 4 + 8 * u64::from(slot));
         let entry = u64::from(chain.head()) | u64::from(written) << 32;
         self.memory.write_obj(entry.to_le_bytes(), at).map_err(QueueError::Ring)?;

@@ -1,0 +1,391 @@
+//! Block device (virtio 1.3 section 5.2): requests parsed, executed, answered.
+//!
+//! ```text
+//!  queue ─pop─► parse ─► refused ───────────────────────► status, used
+//!                  └───► id, discard, zeroes (at once) ─► status, used
+//!                  └───► read, write, flush ─► engine ──► status, used    a chain stays in flight until the engine is done
+//! ```
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use super::backing::{Backing, BackingError};
+use super::block_engine::{Engine, Finished, Operation};
+use super::block_request::{
+    DISCARD_SECTORS_MAX, ID_LENGTH, Limits, NoRequest, RANGES_MAX, Range, Request, Status, ZERO_SECTORS_MAX,
+    parse,
+};
+use super::chain::{Chain, ChainError};
+use super::device::{Activation, ConfigSpace, Device, DeviceKind, GuestMemory, Interrupt, Watch};
+use super::failure::Failure;
+use super::iovec::IoVecs;
+use super::queue::{Queue, QueueError};
+use super::turn::Turn;
+
+/// Requests begun before other devices get their turn.
+const REQUESTS_PER_TURN: usize = 64;
+/// Bytes transferred at once before other devices get their turn.
+const BYTES_PER_TURN: u64 = 4 << 20;
+const QUEUE_SIZE: u16 = 256;
+const QUEUE_SIZES: [u16; 1] = [QUEUE_SIZE];
+const TURN: u64 = 0;
+
+/// Bits of virtio 1.3 section 5.2.3.
+mod feature {
+    pub const SEG_MAX: u64 = 1 << 2;
+    pub const RO: u64 = 1 << 5;
+    pub const BLK_SIZE: u64 = 1 << 6;
+    pub const FLUSH: u64 = 1 << 9;
+    pub const DISCARD: u64 = 1 << 13;
+    pub const WRITE_ZEROES: u64 = 1 << 14;
+}
+
+/// Why a disk cannot be.
+#[derive(Debug, thiserror::Error)]
+pub enum BlockError {
+    /// The serial number does not fit.
+    #[error("the serial number {0:?} is not 1 to {ID_LENGTH} bytes of printable ASCII")]
+    Id(String),
+    /// The descriptor is no disk.
+    #[error("the backing of disk {0:?} is unusable")]
+    Backing(String, #[source] BackingError),
+    /// The events of the device cannot be made.
+    #[error("events of disk {0:?}")]
+    Event(String, #[source] io::Error),
+}
+
+/// Why a disk stopped until its next reset.
+#[derive(Debug, thiserror::Error)]
+enum BlockFailure {
+    #[error("request queue")]
+    Queue(#[from] QueueError),
+    #[error("request")]
+    NoRequest(#[from] NoRequest),
+    #[error("request buffer")]
+    Chain(#[from] ChainError),
+    #[error("events of the device")]
+    Event(#[source] io::Error),
+}
+
+/// The device.
+pub struct Block {
+    id: [u8; ID_LENGTH],
+    limits: Limits,
+    config: ConfigSpace,
+    engine: Engine,
+    turn: Turn,
+    active: Option<Active>,
+    paused: bool,
+    failure: Failure,
+    counts: Counts,
+}
+
+#[derive(Default)]
+struct Counts {
+    reads: u64,
+    read_bytes: u64,
+    writes: u64,
+    write_bytes: u64,
+    flushes: u64,
+    discards: u64,
+    write_zeroes: u64,
+    errors: u64,
+}
+
+struct Active {
+    memory: Arc<GuestMemory>,
+    queue: Queue,
+    interrupt: Arc<dyn Interrupt>,
+    /// Requests with the engine, by the head of their chain.
+    in_flight: Vec<Option<InFlight>>,
+    spare: Vec<IoVecs>,
+    /// The driver knows no FLUSH: it takes a finished write for durable (virtio 1.3 section 5.2.6.2).
+    durable: bool,
+}
+
+struct InFlight {
+    chain: Chain,
+    /// Bytes filled in before the status when it succeeds.
+    filled: u32,
+}
+
+impl Block {
+    /// A disk on `backing`, a regular file or a block device, whose serial number is `id`.
+    ///
+    /// # Errors
+    /// What is wrong with the serial number or the backing.
+    pub fn new(id: &str, backing: OwnedFd, read_only: bool) -> Result<Self, BlockError> {
+        let fits = (1..=ID_LENGTH).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_graphic());
+        if !fits {
+            return Err(BlockError::Id(id.to_owned()));
+        }
+        let mut serial = [0; ID_LENGTH];
+        for (to, from) in serial.iter_mut().zip(id.bytes()) {
+            *to = from;
+        }
+        let backing = Backing::new(backing, read_only).map_err(|e| BlockError::Backing(id.to_owned(), e))?;
+        let limits = Limits { sectors: backing.sectors(), read_only, discard: backing.can_discard() };
+        Ok(Self {
+            id: serial,
+            limits,
+            config: ConfigSpace::new(config_bytes(limits, backing.block_size())),
+            engine: Engine::new(backing),
+            turn: Turn::new().map_err(|e| BlockError::Event(id.to_owned(), e))?,
+            active: None,
+            paused: false,
+            failure: Failure::default(),
+            counts: Counts::default(),
+        })
+    }
+
+    fn run(&mut self) {
+        let Some(active) = self.active.as_mut().filter(|_| !self.paused) else { return };
+        let mut work =
+            Work { id: &self.id, limits: self.limits, engine: &mut self.engine, counts: &mut self.counts };
+        match active.serve(&mut work) {
+            Ok(true) => self.turn.ask(),
+            Ok(false) => {}
+            Err(error) => {
+                self.failure.note(&error, &*active.interrupt);
+                active.queue = Queue::disabled(0);
+            }
+        }
+    }
+}
+
+/// What serving needs besides the driver's side.
+struct Work<'a> {
+    id: &'a [u8; ID_LENGTH],
+    limits: Limits,
+    engine: &'a mut Engine,
+    counts: &'a mut Counts,
+}
+
+impl Active {
+    /// Begins requests; true when there are more than fit in one turn.
+    fn serve(&mut self, work: &mut Work<'_>) -> Result<bool, BlockFailure> {
+        let before = work.counts.read_bytes + work.counts.write_bytes;
+        for _ in 0..REQUESTS_PER_TURN {
+            let Some(chain) = self.queue.pop()? else {
+                if self.queue.enable_kicks()? {
+                    continue;
+                }
+                return Ok(false);
+            };
+            self.begin(chain, work)?;
+            if self.queue.publish()? {
+                self.interrupt.used(self.queue.index());
+            }
+            if work.counts.read_bytes + work.counts.write_bytes - before >= BYTES_PER_TURN {
+                break;
+            }
+        }
+        Ok(true)
+    }
+
+    fn begin(&mut self, chain: Chain, work: &mut Work<'_>) -> Result<(), BlockFailure> {
+        let counts = &mut *work.counts;
+        let mut buffers = self.spare.pop().unwrap_or_else(|| IoVecs::new(&self.memory));
+        buffers.clear();
+        let request = match parse(&chain, &self.memory, work.limits)? {
+            Ok(request) => request,
+            Err(status) => return self.answer(chain, 0, status, counts),
+        };
+        let (operation, filled) = match request {
+            Request::Id => {
+                let mut writer = chain.writer(&self.memory);
+                writer.write(work.id)?;
+                return self.answer(chain, ID_LENGTH, Status::Ok, counts);
+            }
+            Request::Discard(ranges) => {
+                counts.discards += 1;
+                let discard = |r: &Range| work.engine.backing().discard(r.offset, r.length);
+                let status = each(&ranges, discard);
+                return self.answer(chain, 0, status, counts);
+            }
+            Request::WriteZeroes(ranges) => {
+                counts.write_zeroes += 1;
+                let zero = |r: &Range| work.engine.backing().write_zeroes(r.offset, r.length, r.unmap);
+                let mut status = each(&ranges, zero);
+                if self.durable && status == Status::Ok && work.engine.backing().flush().is_err() {
+                    status = Status::IoError;
+                }
+                return self.answer(chain, 0, status, counts);
+            }
+            Request::Read(offset, length) => {
+                counts.reads += 1;
+                counts.read_bytes += length as u64;
+                buffers.add_writable(chain.writer(&self.memory).split(length)?)?;
+                (Operation::Read(offset), length)
+            }
+            Request::Write(offset, length) => {
+                counts.writes += 1;
+                counts.write_bytes += length as u64;
+                let mut reader = chain.reader(&self.memory);
+                reader.split(reader.left() - length)?;
+                buffers.add_readable(reader)?;
+                (Operation::Write { offset, durable: self.durable }, 0)
+            }
+            Request::Flush => {
+                counts.flushes += 1;
+                (Operation::Flush, 0)
+            }
+        };
+        let id = chain.head();
+        let Some(slot) = self.in_flight.get_mut(usize::from(id)) else { return Ok(()) };
+        *slot = Some(InFlight { chain, filled: u32::try_from(filled).unwrap_or(0) });
+        match work.engine.start(id, operation, buffers) {
+            Some(finished) => self.finish(finished, counts),
+            None => Ok(()),
+        }
+    }
+
+    fn finish(&mut self, finished: Finished, counts: &mut Counts) -> Result<(), BlockFailure> {
+        let Finished { id, buffers, result } = finished;
+        self.spare.push(buffers);
+        let request = self.in_flight.get_mut(usize::from(id)).and_then(Option::take);
+        let Some(InFlight { chain, filled }) = request else { return Ok(()) };
+        match result {
+            Ok(()) => self.answer(chain, filled as usize, Status::Ok, counts),
+            Err(_) => self.answer(chain, 0, Status::IoError, counts),
+        }
+    }
+
+    /// Writes the status and gives the chain back. `filled` bytes of the data were filled in.
+    fn answer(
+        &mut self,
+        chain: Chain,
+        filled: usize,
+        status: Status,
+        counts: &mut Counts,
+    ) -> Result<(), BlockFailure> {
+        if status != Status::Ok {
+            counts.errors += 1;
+        }
+        let mut writer = chain.writer(&self.memory);
+        let space = writer.left().saturating_sub(1);
+        writer.split(space)?;
+        writer.write(&[status as u8])?;
+        // The length told covers bytes that were written without a gap from the first one on (virtio 1.3 section 2.7.8.2).
+        let written = if filled == space { filled + 1 } else { filled };
+        self.queue.add_used(chain, u32::try_from(written).unwrap_or(u32::MAX))?;
+        Ok(())
+    }
+}
+
+fn each(ranges: &[Range], act: impl Fn(&Range) -> io::Result<()>) -> Status {
+    let mut wanted = ranges.iter().filter(|range| range.length > 0);
+    if wanted.all(|range| act(range).is_ok()) { Status::Ok } else { Status::IoError }
+}
+
+/// `struct virtio_blk_config` (virtio 1.3 section 5.2.4).
+fn config_bytes(limits: Limits, block_size: u32) -> Vec<u8> {
+    let (discard_max, zero_max) = match limits {
+        Limits { read_only: true, .. } => (0, 0),
+        Limits { discard: false, .. } => (0, ZERO_SECTORS_MAX),
+        _ => (DISCARD_SECTORS_MAX, ZERO_SECTORS_MAX),
+    };
+    let alignment = block_size / 512;
+    let mut bytes = Vec::with_capacity(60);
+    bytes.extend(limits.sectors.to_le_bytes());
+    bytes.extend(0u32.to_le_bytes()); // size_max: not offered
+    bytes.extend(u32::from(QUEUE_SIZE - 2).to_le_bytes()); // seg_max: header and status take one descriptor each
+    bytes.extend([0; 4]); // geometry: not offered
+    bytes.extend(block_size.to_le_bytes());
+    bytes.extend([0; 8]); // topology: not offered
+    bytes.extend([0, 0]); // writeback: not offered
+    bytes.extend(1u16.to_le_bytes()); // num_queues
+    bytes.extend(discard_max.to_le_bytes());
+    bytes.extend(RANGES_MAX.to_le_bytes());
+    bytes.extend(alignment.to_le_bytes());
+    bytes.extend(zero_max.to_le_bytes());
+    bytes.extend(RANGES_MAX.to_le_bytes());
+    bytes.extend([u8::from(limits.discard), 0, 0, 0]); // write_zeroes_may_unmap
+    bytes
+}
+
+impl Device for Block {
+    fn kind(&self) -> DeviceKind {
+        DeviceKind::Block
+    }
+
+    fn features(&self) -> u64 {
+        let mut features = feature::SEG_MAX | feature::BLK_SIZE | feature::FLUSH;
+        if self.limits.read_only {
+            features |= feature::RO;
+        } else {
+            features |= feature::WRITE_ZEROES;
+        }
+        if self.limits.discard {
+            features |= feature::DISCARD;
+        }
+        features
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn config(&self) -> ConfigSpace {
+        self.config.clone()
+    }
+
+    fn activate(&mut self, activation: Activation, watch: &mut dyn Watch) {
+        let Activation { memory, features, queues, interrupt } = activation;
+        let queue = queues.into_iter().next().unwrap_or_else(|| Queue::disabled(0));
+        if let Err(error) = self.turn.watch(watch, TURN) {
+            self.failure.note(&BlockFailure::Event(error), &*interrupt);
+            return;
+        }
+        self.active = Some(Active {
+            memory: Arc::new(memory),
+            in_flight: (0..queue.size()).map(|_| None).collect(),
+            queue,
+            interrupt,
+            spare: Vec::new(),
+            durable: features & feature::FLUSH == 0,
+        });
+        self.run();
+    }
+
+    fn on_kick(&mut self, _index: u16, _watch: &mut dyn Watch) {
+        self.run();
+    }
+
+    fn on_event(&mut self, _token: u64, _events: u32, _watch: &mut dyn Watch) {
+        self.turn.take();
+        self.run();
+    }
+
+    fn deactivate(&mut self, watch: &mut dyn Watch) {
+        if self.active.take().is_some() {
+            self.turn.unwatch(watch);
+        }
+        self.failure.clear();
+    }
+
+    fn on_pause(&mut self, paused: bool, _watch: &mut dyn Watch) {
+        self.paused = paused;
+        self.run();
+    }
+
+    fn failure(&self) -> Option<String> {
+        self.failure.reason()
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        let c = &self.counts;
+        vec![
+            ("reads", c.reads),
+            ("read_bytes", c.read_bytes),
+            ("writes", c.writes),
+            ("write_bytes", c.write_bytes),
+            ("flushes", c.flushes),
+            ("discards", c.discards),
+            ("write_zeroes", c.write_zeroes),
+            ("errors", c.errors),
+            ("failures", self.failure.count()),
+        ]
+    }
+}
