@@ -1,12 +1,7 @@
 //! One node in the foreground (`blixard dev`) and the commands a user would type.
 //!
 //! A harness may give up loudly: every failure of the surroundings is a failed test.
-#![expect(
-    clippy::unwrap_used,
-    clippy::panic,
-    clippy::expect_used,
-    reason = "test harness: failing is its job"
-)]
+#![expect(clippy::unwrap_used, clippy::panic, reason = "test harness: failing is its job")]
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};

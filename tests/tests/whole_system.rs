@@ -44,13 +44,11 @@ fn main() -> std::process::ExitCode {
         })
     });
     let conclusion = libtest_mimic::run(&arguments, trials.collect());
-    if conclusion.has_failed() {
-        if let Some(host) = HOST.get() {
-            let log = host.log();
-            let tail: Vec<&str> = log.lines().rev().take(150).collect();
-            println!("-- log of the node, its end:");
-            tail.into_iter().rev().for_each(|l| println!("  | {l}"));
-        }
+    if let Some(host) = HOST.get().filter(|_| conclusion.has_failed()) {
+        let log = host.log();
+        let tail: Vec<&str> = log.lines().rev().take(150).collect();
+        println!("-- log of the node, its end:");
+        tail.into_iter().rev().for_each(|l| println!("  | {l}"));
     }
     // A static is not dropped: stop the node in good order.
     if let Some(host) = HOST.get() {
