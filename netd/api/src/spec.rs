@@ -128,7 +128,7 @@ pub struct NetworkSpec {
 impl NetworkSpec {
     /// The name of the bridge.
     pub fn interface(&self) -> String {
-        format!("{INTERFACE_PREFIX}-{}", self.name)
+        bridge_name(&self.name)
     }
 
     /// Checks names and ranges.
@@ -136,11 +136,7 @@ impl NetworkSpec {
     /// # Errors
     /// What is wrong, as a sentence that names the field.
     pub fn validate(&self) -> Result<(), String> {
-        let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
-        let named = self.name.starts_with(|c: char| c.is_ascii_lowercase()) && self.name.bytes().all(plain);
-        if !named || self.name.len() > 12 {
-            return Err("name: 1 to 12 lower-case letters, digits and hyphens, starting with a letter".into());
-        }
+        validate_network_name(&self.name)?;
         if !(1280..=9216).contains(&self.mtu) {
             return Err("mtu: 1280 to 9216 bytes are possible".into());
         }
@@ -167,6 +163,24 @@ impl NetworkSpec {
         }
         Ok(())
     }
+}
+
+/// The name of the bridge of a network.
+pub fn bridge_name(network: &str) -> String {
+    format!("{INTERFACE_PREFIX}-{network}")
+}
+
+/// Checks the name of a network as in [`NetworkSpec::name`].
+///
+/// # Errors
+/// What is possible, as a sentence that names the field.
+pub fn validate_network_name(name: &str) -> Result<(), String> {
+    let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
+    let named = name.starts_with(|c: char| c.is_ascii_lowercase()) && name.bytes().all(plain);
+    if !named || name.len() > 12 {
+        return Err("name: 1 to 12 lower-case letters, digits and hyphens, starting with a letter".into());
+    }
+    Ok(())
 }
 
 /// A nic on this node: a TAP on the bridge of its network, which may only send from its own addresses.
