@@ -124,6 +124,22 @@ impl IoVecs {
         count_of(unsafe { libc::writev(fd.as_raw_fd(), address, count) })
     }
 
+    /// Sends the pieces to a stream socket without waiting and without a signal; the number of bytes.
+    ///
+    /// # Errors
+    /// The system's answer; `WouldBlock` when there is no room.
+    pub fn send_to(&self, fd: BorrowedFd<'_>) -> io::Result<usize> {
+        let (address, count) = self.raw();
+        // SAFETY: all fields of a msghdr may be zero: no address, no control data, no pieces.
+        let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+        message.msg_iov = address.cast_mut();
+        // The type of the field is that of the C library.
+        message.msg_iovlen = count.try_into().unwrap_or(0);
+        let flags = libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT;
+        // SAFETY: `message` names the pieces only, which are as in `write_to`; the kernel does not write to them.
+        count_of(unsafe { libc::sendmsg(fd.as_raw_fd(), &raw const message, flags) })
+    }
+
     /// Fills the pieces from `fd` at `offset`; the number of bytes.
     ///
     /// # Errors

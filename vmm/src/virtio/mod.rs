@@ -16,4 +16,11 @@ pub mod queue;
 #[cfg(test)]
 mod queue_test;
 pub mod rng;
+pub mod socket;
 pub mod turn;
+pub mod vsock;
+pub mod vsock_link;
+pub mod vsock_packet;
+pub mod vsock_stream;
+#[cfg(test)]
+mod vsock_test;

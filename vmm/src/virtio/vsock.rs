@@ -1,0 +1,668 @@
+//! Vsock device (virtio 1.3 section 5.10): streams between the guest and clients of a Unix socket.
+//!
+//! * A host client connects to the listener and writes `CONNECT <port>\n`. When something in the guest accepts on that port
+//!   it gets `OK <our port>\n` and from then on the bytes of the stream; otherwise its connection is closed.
+//! * The guest connects to port [`LINK_PORT`] of the host only: the guest link, whose other end is in here.
+//!
+//! ```text
+//!  listener ─► Waiting (line, 2 s) ─► Stream ◄─► rx, tx queues
+//!                                       ▲ ready: round robin over the streams with something for the guest
+//! ```
+
+use std::collections::{BTreeMap, VecDeque};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use blixard_vmm_api::guest::{LINK_PORT, LinkRecord};
+use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::timerfd::TimerFd;
+
+use super::chain::{Chain, ChainError, Reader};
+use super::device::{Activation, ConfigSpace, Device, DeviceKind, GuestMemory, Interrupt, Watch};
+use super::failure::Failure;
+use super::iovec::IoVecs;
+use super::queue::{Queue, QueueError};
+use super::socket;
+use super::turn::Turn;
+use super::vsock_link::{LinkEnd, LinkSender, Outbox};
+use super::vsock_packet::{HEADER_LENGTH, HOST_CID, Header, Operation, TYPE_STREAM};
+use super::vsock_stream::{Ports, Stream};
+
+/// Most streams, and clients that have not said yet what they want.
+pub const STREAMS_MAX: usize = 1024;
+/// How long a client may take for its first line.
+pub const LINE_TIME: Duration = Duration::from_secs(2);
+/// Longest first line in bytes.
+pub const LINE_MAX: usize = 32;
+
+const WAITING_MAX: usize = 128;
+/// Resets that wait for the guest to take them; behind that its packets wait.
+const RESETS_MAX: usize = 128;
+const PACKETS_PER_TURN: usize = 128;
+const CLIENTS_PER_TURN: usize = 16;
+/// How often deadlines are looked at while there are any.
+const TICK: Duration = Duration::from_millis(500);
+/// Our ports of streams that clients ask for.
+const PORT_FIRST: u32 = 1 << 30;
+const PORT_END: u32 = 1 << 31;
+
+const QUEUE_SIZES: [u16; 3] = [256, 256, 64];
+const TURN: u64 = 0;
+const LISTENER: u64 = 1;
+const TIMER: u64 = 2;
+const CLIENT_FIRST: u64 = 16;
+
+/// Why there can be no vsock device.
+#[derive(Debug, thiserror::Error)]
+pub enum VsockError {
+    /// Reserved (virtio 1.3 section 5.10.4).
+    #[error("context id {0} is reserved: a guest has 3 to 4294967294")]
+    Cid(u32),
+    /// The listener is none.
+    #[error("the listener is not a listening Unix stream socket")]
+    Listener,
+    /// The listener cannot be made non-blocking.
+    #[error("the listener cannot be made non-blocking")]
+    NonBlocking(#[source] io::Error),
+    /// The events of the device cannot be made.
+    #[error("events of the device")]
+    Event(#[source] io::Error),
+}
+
+/// Why the device stopped until its next reset.
+#[derive(Debug, thiserror::Error)]
+enum VsockFailure {
+    #[error("queue")]
+    Queue(#[from] QueueError),
+    #[error("packet buffer")]
+    Chain(#[from] ChainError),
+    #[error("events of the device")]
+    Event(#[source] io::Error),
+}
+
+/// The device.
+pub struct Vsock {
+    host: Host,
+    config: ConfigSpace,
+    active: Option<Active>,
+    paused: bool,
+    failure: Failure,
+}
+
+/// What stays over resets.
+struct Host {
+    cid: u64,
+    listener: OwnedFd,
+    turn: Turn,
+    timer: TimerFd,
+    timer_runs: bool,
+    outbox: Outbox,
+    on_link: Box<dyn FnMut(LinkRecord) + Send>,
+    counts: Counts,
+}
+
+#[derive(Default)]
+struct Counts {
+    from_guest: u64,
+    from_guest_bytes: u64,
+    to_guest: u64,
+    to_guest_bytes: u64,
+    malformed: u64,
+    resets: u64,
+    opened: u64,
+}
+
+/// A client that has not said yet what it wants.
+struct Waiting {
+    socket: OwnedFd,
+    deadline: Instant,
+}
+
+struct Active {
+    memory: Arc<GuestMemory>,
+    interrupt: Arc<dyn Interrupt>,
+    to_guest: Queue,
+    from_guest: Queue,
+    /// A chain taken for a packet that did not come about.
+    empty: Option<Chain>,
+    buffers: IoVecs,
+    waiting: BTreeMap<u64, Waiting>,
+    streams: BTreeMap<u64, Stream>,
+    by_ports: BTreeMap<Ports, u64>,
+    /// Streams with something for the guest.
+    ready: VecDeque<u64>,
+    resets: VecDeque<Header>,
+    link: Option<u64>,
+    next_id: u64,
+    next_port: u32,
+    guest_cid: u64,
+    /// The listener may have clients.
+    clients: bool,
+}
+
+impl Vsock {
+    /// A device for the guest `cid` whose host side is `listener`, a listening Unix stream socket. `on_link` gets each
+    /// record that the guest sends over its link; a guest sends as many as it likes, so it has to be bounded in what it keeps.
+    ///
+    /// # Errors
+    /// What is wrong with the context id or the listener.
+    pub fn new(
+        cid: u32,
+        listener: OwnedFd,
+        on_link: Box<dyn FnMut(LinkRecord) + Send>,
+    ) -> Result<(Self, LinkSender), VsockError> {
+        if !(3..u32::MAX).contains(&cid) {
+            return Err(VsockError::Cid(cid));
+        }
+        if !socket::is_unix_listener(listener.as_fd()) {
+            return Err(VsockError::Listener);
+        }
+        socket::set_nonblocking(&listener).map_err(VsockError::NonBlocking)?;
+        let turn = Turn::new().map_err(VsockError::Event)?;
+        let timer = TimerFd::new().map_err(|e| VsockError::Event(e.into()))?;
+        // An event may be left over from a timer that was stopped meanwhile: reading it must not wait.
+        socket::set_nonblocking(&timer).map_err(VsockError::Event)?;
+        let outbox = Outbox::default();
+        let sender = LinkSender::new(Arc::clone(&outbox), turn.try_clone().map_err(VsockError::Event)?);
+        let host = Host {
+            cid: u64::from(cid),
+            listener,
+            turn,
+            timer,
+            timer_runs: false,
+            outbox,
+            on_link,
+            counts: Counts::default(),
+        };
+        let config = ConfigSpace::new(u64::from(cid).to_le_bytes().into());
+        Ok((Self { host, config, active: None, paused: false, failure: Failure::default() }, sender))
+    }
+
+    fn run(&mut self, watch: &mut dyn Watch) {
+        let Some(active) = self.active.as_mut().filter(|_| !self.paused) else { return };
+        let result = active.serve(&mut self.host, watch);
+        self.end_turn(result, watch);
+    }
+
+    fn end_turn(&mut self, result: Result<bool, VsockFailure>, watch: &mut dyn Watch) {
+        let Some(active) = self.active.as_mut() else { return };
+        match result {
+            Ok(true) => self.host.turn.ask(),
+            Ok(false) => {}
+            Err(error) => {
+                self.failure.note(&error, &*active.interrupt);
+                active.close_all(watch);
+                active.to_guest = Queue::disabled(0);
+                active.from_guest = Queue::disabled(1);
+            }
+        }
+        self.host.set_timer(active.from_guest.is_enabled() && active.has_deadlines());
+    }
+}
+
+impl Host {
+    /// Lets the timer run while there are deadlines, so that an idle device costs nothing.
+    fn set_timer(&mut self, wanted: bool) {
+        if wanted == self.timer_runs {
+            return;
+        }
+        let result = if wanted { self.timer.reset(TICK, Some(TICK)) } else { self.timer.clear() };
+        if result.is_ok() {
+            self.timer_runs = wanted;
+        }
+    }
+
+    fn watch(&self, watch: &mut dyn Watch) -> io::Result<()> {
+        self.turn.watch(watch, TURN)?;
+        let edge = EventSet::IN | EventSet::EDGE_TRIGGERED;
+        let listener = watch.add(self.listener.as_raw_fd(), edge.bits(), LISTENER);
+        let timer = watch.add(self.timer.as_raw_fd(), EventSet::IN.bits(), TIMER);
+        if listener.is_ok() && timer.is_ok() {
+            return Ok(());
+        }
+        self.turn.unwatch(watch);
+        if listener.is_ok() {
+            watch.remove(self.listener.as_raw_fd());
+        }
+        if timer.is_ok() {
+            watch.remove(self.timer.as_raw_fd());
+        }
+        listener.and(timer)
+    }
+
+    fn unwatch(&self, watch: &mut dyn Watch) {
+        self.turn.unwatch(watch);
+        watch.remove(self.listener.as_raw_fd());
+        watch.remove(self.timer.as_raw_fd());
+    }
+}
+
+impl Active {
+    /// A turn; true when there is more to do than fits in it.
+    fn serve(&mut self, host: &mut Host, watch: &mut dyn Watch) -> Result<bool, VsockFailure> {
+        if !self.from_guest.is_enabled() {
+            return Ok(false);
+        }
+        // Records for the guest may have come from another thread.
+        if let Some(id) = self.link {
+            self.poke(id);
+        }
+        let more_clients = self.accept(host, watch);
+        // Answers first: packets of the guest wait while there are too many resets for it.
+        let mut more_to_guest = self.send_all(host, watch)?;
+        let more_from_guest = self.receive_all(host, watch)?;
+        more_to_guest |= self.send_all(host, watch)?;
+        for queue in [&mut self.to_guest, &mut self.from_guest] {
+            if queue.publish()? {
+                self.interrupt.used(queue.index());
+            }
+        }
+        Ok(more_clients || more_to_guest || (more_from_guest && self.resets.len() < RESETS_MAX))
+    }
+
+    /// Puts a stream that has something for the guest on the list.
+    fn poke(&mut self, id: u64) {
+        if let Some(stream) = self.streams.get_mut(&id)
+            && !stream.queued
+            && stream.wants_to_send()
+        {
+            stream.queued = true;
+            self.ready.push_back(id);
+        }
+    }
+
+    /// Looks at a stream after something happened to it.
+    fn tend(&mut self, id: u64, watch: &mut dyn Watch) {
+        let Some(stream) = self.streams.get(&id) else { return };
+        if !stream.is_known_to_guest() {
+            let ports = stream.ports();
+            if self.by_ports.get(&ports) == Some(&id) {
+                self.by_ports.remove(&ports);
+            }
+        }
+        if !stream.is_over() {
+            return self.poke(id);
+        }
+        if let Some(socket) = stream.socket() {
+            watch.remove(socket.as_raw_fd());
+        }
+        self.streams.remove(&id);
+        if self.link == Some(id) {
+            self.link = None;
+        }
+    }
+
+    // The host's side.
+
+    fn accept(&mut self, host: &Host, watch: &mut dyn Watch) -> bool {
+        for _ in 0..CLIENTS_PER_TURN {
+            let full =
+                self.waiting.len() >= WAITING_MAX || self.streams.len() + self.waiting.len() >= STREAMS_MAX;
+            if !self.clients || full {
+                return false;
+            }
+            match socket::accept(host.listener.as_fd()) {
+                Ok(client) => self.add_client(client, watch),
+                Err(error) => match error.kind() {
+                    io::ErrorKind::WouldBlock => self.clients = false,
+                    io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted => {}
+                    // No descriptor is left, for example: try again when a stream ends or the timer ticks.
+                    _ => return false,
+                },
+            }
+        }
+        true
+    }
+
+    fn add_client(&mut self, client: OwnedFd, watch: &mut dyn Watch) {
+        let id = self.next_id;
+        self.next_id += 1;
+        let events = EventSet::IN | EventSet::OUT | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
+        if watch.add(client.as_raw_fd(), events.bits(), id).is_err() {
+            return;
+        }
+        self.waiting.insert(id, Waiting { socket: client, deadline: Instant::now() + LINE_TIME });
+        // What was there before the watch began is reported by its first event; looking now saves that round.
+        self.on_line(id, 0, watch);
+    }
+
+    /// Looks whether a client has written its line.
+    fn on_line(&mut self, id: u64, events: u32, watch: &mut dyn Watch) {
+        let Some(Waiting { socket, .. }) = self.waiting.get(&id) else { return };
+        let ended = EventSet::READ_HANG_UP | EventSet::HANG_UP | EventSet::ERROR;
+        let mut line = [0; LINE_MAX];
+        // Only looked at first, so that what comes after the line stays in the socket.
+        let port = match socket::receive(socket.as_fd(), &mut line, true) {
+            Ok(count) => {
+                let seen = line.get(..count).unwrap_or_default();
+                match seen.iter().position(|byte| *byte == b'\n') {
+                    Some(end) => {
+                        let taken = line.get_mut(..=end).unwrap_or_default();
+                        let whole = socket::receive(socket.as_fd(), taken, false).is_ok_and(|n| n == end + 1);
+                        parse_line(taken).filter(|_| whole)
+                    }
+                    None if count < LINE_MAX && events & ended.bits() == 0 && count > 0 => return,
+                    None => None,
+                }
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock && events & ended.bits() == 0 => return,
+            Err(_) => None,
+        };
+        let Some(Waiting { socket, .. }) = self.waiting.remove(&id) else { return };
+        match port.and_then(|port| self.free_port().map(|ours| (ours, port))) {
+            Some(ports) => self.open(id, ports, socket),
+            None => watch.remove(socket.as_raw_fd()),
+        }
+    }
+
+    fn open(&mut self, id: u64, ports: Ports, socket: OwnedFd) {
+        self.by_ports.insert(ports, id);
+        self.streams.insert(id, Stream::from_host(ports, self.guest_cid, socket));
+        self.poke(id);
+    }
+
+    fn free_port(&mut self) -> Option<u32> {
+        // One more than there can be streams: one of these ports is free.
+        for _ in 0..=STREAMS_MAX {
+            let port = self.next_port;
+            self.next_port = if port + 1 == PORT_END { PORT_FIRST } else { port + 1 };
+            if self.by_ports.range((port, 0)..=(port, u32::MAX)).next().is_none() {
+                return Some(port);
+            }
+        }
+        None
+    }
+
+    fn on_socket(&mut self, id: u64, events: u32, watch: &mut dyn Watch) {
+        if self.waiting.contains_key(&id) {
+            self.on_line(id, events, watch);
+        } else if let Some(stream) = self.streams.get_mut(&id) {
+            stream.on_socket(events);
+            self.tend(id, watch);
+        }
+    }
+
+    fn has_deadlines(&self) -> bool {
+        !self.waiting.is_empty() || self.clients || self.streams.values().any(|s| s.deadline().is_some())
+    }
+
+    fn on_tick(&mut self, watch: &mut dyn Watch) {
+        let now = Instant::now();
+        let late = self.waiting.extract_if(.., |_, client| client.deadline <= now);
+        for (_, client) in late {
+            watch.remove(client.socket.as_raw_fd());
+        }
+        let late = self.streams.iter_mut().filter(|(_, s)| s.deadline().is_some_and(|d| d <= now));
+        let late: Vec<u64> = late.map(|(id, stream)| (stream.on_deadline(), *id).1).collect();
+        for id in late {
+            self.tend(id, watch);
+        }
+    }
+
+    fn close_all(&mut self, watch: &mut dyn Watch) {
+        for client in std::mem::take(&mut self.waiting).into_values() {
+            watch.remove(client.socket.as_raw_fd());
+        }
+        for stream in std::mem::take(&mut self.streams).into_values() {
+            if let Some(socket) = stream.socket() {
+                watch.remove(socket.as_raw_fd());
+            }
+        }
+        self.by_ports.clear();
+        self.ready.clear();
+        self.resets.clear();
+        self.link = None;
+        self.clients = false;
+    }
+
+    // The guest's side.
+
+    /// Sends what there is to the guest; true when there is more and room for it.
+    fn send_all(&mut self, host: &mut Host, watch: &mut dyn Watch) -> Result<bool, VsockFailure> {
+        for _ in 0..PACKETS_PER_TURN {
+            if self.resets.is_empty() && self.ready.is_empty() {
+                return Ok(false);
+            }
+            let Some(chain) = self.take_empty()? else { return Ok(false) };
+            let length = self.fill(&chain, host, watch)?;
+            if let Some(length) = length {
+                host.counts.to_guest += 1;
+                host.counts.to_guest_bytes += u64::from(length.saturating_sub(HEADER_LENGTH));
+                self.to_guest.add_used(chain, length)?;
+            } else {
+                self.empty = Some(chain);
+            }
+        }
+        Ok(!self.resets.is_empty() || !self.ready.is_empty())
+    }
+
+    fn take_empty(&mut self) -> Result<Option<Chain>, QueueError> {
+        if let Some(chain) = self.empty.take() {
+            return Ok(Some(chain));
+        }
+        loop {
+            if let Some(chain) = self.to_guest.pop()? {
+                return Ok(Some(chain));
+            }
+            if !self.to_guest.enable_kicks()? {
+                return Ok(None);
+            }
+        }
+    }
+
+    fn fill(
+        &mut self,
+        chain: &Chain,
+        host: &mut Host,
+        watch: &mut dyn Watch,
+    ) -> Result<Option<u32>, VsockFailure> {
+        if let Some(reset) = self.resets.pop_front() {
+            host.counts.resets += 1;
+            chain.writer(&self.memory).write(&reset.to_bytes())?;
+            return Ok(Some(HEADER_LENGTH));
+        }
+        let Some(id) = self.ready.pop_front() else { return Ok(None) };
+        let Some(stream) = self.streams.get_mut(&id) else { return Ok(None) };
+        stream.queued = false;
+        let length = stream.send(chain, &self.memory, &mut self.buffers)?;
+        self.tend(id, watch);
+        Ok(length)
+    }
+
+    /// Takes packets of the guest; true when there are more.
+    fn receive_all(&mut self, host: &mut Host, watch: &mut dyn Watch) -> Result<bool, VsockFailure> {
+        for _ in 0..PACKETS_PER_TURN {
+            if self.resets.len() >= RESETS_MAX {
+                return Ok(true);
+            }
+            let Some(chain) = self.from_guest.pop()? else {
+                if self.from_guest.enable_kicks()? {
+                    continue;
+                }
+                return Ok(false);
+            };
+            let memory = Arc::clone(&self.memory);
+            self.receive(chain.reader(&memory), host, watch)?;
+            self.from_guest.add_used(chain, 0)?;
+        }
+        Ok(true)
+    }
+
+    fn receive(
+        &mut self,
+        mut reader: Reader<'_>,
+        host: &mut Host,
+        watch: &mut dyn Watch,
+    ) -> Result<(), VsockFailure> {
+        let header = Header::read(&mut reader)?;
+        host.counts.from_guest += 1;
+        let length = if header.operation == Operation::Data { header.length as usize } else { 0 };
+        let ours = header.source_cid == host.cid && header.destination_cid == HOST_CID;
+        let Some(payload) = reader.split(length).ok().filter(|_| ours) else {
+            // Not from this guest, not for this host, or shorter than it says: there is nobody to answer.
+            host.counts.malformed += 1;
+            return Ok(());
+        };
+        host.counts.from_guest_bytes += length as u64;
+        if header.kind != TYPE_STREAM {
+            self.refuse(&header);
+            return Ok(());
+        }
+        let ports = (header.destination_port, header.source_port);
+        if let Some(id) = self.by_ports.get(&ports).copied() {
+            if let Some(stream) = self.streams.get_mut(&id) {
+                let was_open = stream.is_open();
+                stream.on_packet(&header, payload, &mut self.buffers, &mut *host.on_link)?;
+                host.counts.opened += u64::from(!was_open && stream.is_open());
+            }
+            self.tend(id, watch);
+        } else if header.operation == Operation::Request && header.destination_port == LINK_PORT {
+            self.open_link(&header, host, watch);
+        } else {
+            self.refuse(&header);
+        }
+        Ok(())
+    }
+
+    fn refuse(&mut self, header: &Header) {
+        // A reset is not answered by a reset, or they would go on for ever.
+        if header.operation != Operation::Reset {
+            self.resets.push_back(header.reset_for());
+        }
+    }
+
+    /// The newest link wins: init that connects again has lost the one before.
+    fn open_link(&mut self, request: &Header, host: &mut Host, watch: &mut dyn Watch) {
+        if let Some(id) = self.link.take() {
+            if let Some(stream) = self.streams.get_mut(&id) {
+                stream.abort();
+            }
+            self.tend(id, watch);
+        }
+        if self.streams.len() + self.waiting.len() >= STREAMS_MAX {
+            return self.refuse(request);
+        }
+        let id = self.next_id;
+        self.next_id += 1;
+        host.counts.opened += 1;
+        let stream = Stream::link(request, LinkEnd::new(&host.outbox));
+        self.by_ports.insert(stream.ports(), id);
+        self.streams.insert(id, stream);
+        self.link = Some(id);
+        self.poke(id);
+    }
+}
+
+/// The port in `CONNECT <port>\n`.
+fn parse_line(line: &[u8]) -> Option<u32> {
+    let port = line.strip_prefix(b"CONNECT ")?.strip_suffix(b"\n")?;
+    let digits = !port.is_empty() && port.iter().all(u8::is_ascii_digit);
+    std::str::from_utf8(port).ok().filter(|_| digits)?.parse().ok()
+}
+
+impl Device for Vsock {
+    fn kind(&self) -> DeviceKind {
+        DeviceKind::Vsock
+    }
+
+    fn features(&self) -> u64 {
+        // No bit means streams (virtio 1.3 section 5.10.3).
+        0
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn config(&self) -> ConfigSpace {
+        self.config.clone()
+    }
+
+    fn activate(&mut self, activation: Activation, watch: &mut dyn Watch) {
+        let Activation { memory, queues, interrupt, .. } = activation;
+        let mut queues = queues.into_iter();
+        let mut next = |index| queues.next().unwrap_or_else(|| Queue::disabled(index));
+        let (to_guest, from_guest) = (next(0), next(1));
+        if let Err(error) = self.host.watch(watch) {
+            self.failure.note(&VsockFailure::Event(error), &*interrupt);
+            return;
+        }
+        let memory = Arc::new(memory);
+        self.active = Some(Active {
+            interrupt,
+            to_guest,
+            from_guest,
+            empty: None,
+            buffers: IoVecs::new(&memory),
+            memory,
+            waiting: BTreeMap::new(),
+            streams: BTreeMap::new(),
+            by_ports: BTreeMap::new(),
+            ready: VecDeque::new(),
+            resets: VecDeque::new(),
+            link: None,
+            next_id: CLIENT_FIRST,
+            next_port: PORT_FIRST,
+            clients: true,
+            guest_cid: self.host.cid,
+        });
+        self.run(watch);
+    }
+
+    fn on_kick(&mut self, _index: u16, watch: &mut dyn Watch) {
+        self.run(watch);
+    }
+
+    fn on_event(&mut self, token: u64, events: u32, watch: &mut dyn Watch) {
+        let Some(active) = self.active.as_mut() else { return };
+        match token {
+            TURN => self.host.turn.take(),
+            LISTENER => active.clients = true,
+            TIMER => {
+                // How many ticks passed does not matter.
+                let _ticks = self.host.timer.wait();
+                if !self.paused {
+                    active.on_tick(watch);
+                }
+            }
+            id => active.on_socket(id, events, watch),
+        }
+        self.run(watch);
+    }
+
+    fn deactivate(&mut self, watch: &mut dyn Watch) {
+        if let Some(mut active) = self.active.take() {
+            active.close_all(watch);
+            self.host.unwatch(watch);
+            self.host.set_timer(false);
+        }
+        self.failure.clear();
+    }
+
+    fn on_pause(&mut self, paused: bool, watch: &mut dyn Watch) {
+        self.paused = paused;
+        self.run(watch);
+    }
+
+    fn failure(&self) -> Option<String> {
+        self.failure.reason()
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        let c = &self.host.counts;
+        let streams = self.active.as_ref().map_or(0, |active| active.streams.len() as u64);
+        vec![
+            ("from_guest_packets", c.from_guest),
+            ("from_guest_bytes", c.from_guest_bytes),
+            ("to_guest_packets", c.to_guest),
+            ("to_guest_bytes", c.to_guest_bytes),
+            ("streams", streams),
+            ("streams_opened", c.opened),
+            ("resets_sent", c.resets),
+            ("malformed", c.malformed),
+            ("failures", self.failure.count()),
+        ]
+    }
+}
