@@ -22,6 +22,10 @@ use tokio::runtime::Runtime;
 /// Longest time the kernel may take to answer. It answers at once; this ends the wait for an answer that was lost.
 const ANSWER_TIME_MAX: Duration = Duration::from_secs(5);
 
+/// Bit of 01:80:c2:00:00:0e. Frames for it that are not to be forwarded reach the host's IP past every hook of the packet
+/// filter, whatever they contain (br_handle_frame in net/bridge/br_input.c).
+const LLDP_GROUP: u16 = 1 << 0xe;
+
 /// Why an interface could not be read or changed.
 #[derive(Debug, thiserror::Error)]
 pub enum LinkError {
@@ -69,6 +73,8 @@ pub struct Link {
     pub controller: Option<u32>,
     /// Largest packet in bytes.
     pub mtu: u32,
+    /// Hardware address.
+    pub mac: Option<MacAddr>,
 }
 
 /// An address of an interface.
@@ -136,20 +142,32 @@ impl Links {
         self.index(name)
     }
 
-    /// Gives a bridge its properties: no spanning tree, no delay, no snooping, its hardware address and largest packet.
+    /// Gives a bridge its properties: no spanning tree, no delay, no snooping, its largest packet in bytes, and that
+    /// frames for the LLDP group are treated as any other.
     ///
     /// # Errors
     /// See [`LinkError`].
-    pub fn set_bridge(&self, index: u32, name: &str, mac: MacAddr, mtu: u16) -> Result<(), LinkError> {
+    pub fn set_bridge(&self, index: u32, name: &str, mtu: u16) -> Result<(), LinkError> {
         let message = rtnetlink::LinkMessageBuilder::<LinkBridge>::new(name)
             .index(index)
             .stp_state(BridgeStpState::Disabled)
             .forward_delay(0)
             .mcast_snooping(false)
-            .address(mac.0.to_vec())
+            .group_fwd_mask(LLDP_GROUP)
             .mtu(mtu.into())
             .build();
         self.wait(self.handle.link().change(message).execute(), || format!("set up the bridge {name}"))
+    }
+
+    /// Gives an interface a hardware address. Even the same one again empties the host's table of its neighbours.
+    ///
+    /// # Errors
+    /// See [`LinkError`].
+    pub fn set_mac(&self, index: u32, name: &str, mac: MacAddr) -> Result<(), LinkError> {
+        let message = LinkUnspec::new_with_index(index).address(mac.0.to_vec()).build();
+        self.wait(self.handle.link().change(message).execute(), || {
+            format!("give {name} its hardware address")
+        })
     }
 
     /// Switches an interface on.
@@ -282,12 +300,14 @@ fn read_link(message: &LinkMessage) -> Option<Link> {
         kind: LinkKind::Other,
         controller: None,
         mtu: 0,
+        mac: None,
     };
     for attribute in &message.attributes {
         match attribute {
             LinkAttribute::IfName(name) => link.name.clone_from(name),
             LinkAttribute::Controller(index) => link.controller = Some(*index),
             LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
+            LinkAttribute::Address(bytes) => link.mac = bytes.as_slice().try_into().ok().map(MacAddr),
             LinkAttribute::LinkInfo(infos) => {
                 link.kind = infos.iter().find_map(read_kind).unwrap_or(LinkKind::Other);
             }

@@ -35,7 +35,11 @@ impl Node {
             Some(link) => link.index,
             None => self.links.add_bridge(&bridge)?,
         };
-        self.links.set_bridge(index, &bridge, bridge_mac(&spec.name), spec.mtu)?;
+        self.links.set_bridge(index, &bridge, spec.mtu)?;
+        let mac = bridge_mac(&spec.name);
+        if known.is_none_or(|link| link.mac != Some(mac)) {
+            self.links.set_mac(index, &bridge, mac)?;
+        }
         sysctl::ignore_router_advertisements(&bridge)?;
         self.set_addresses(index, &bridge, spec, &addresses)?;
         self.links.up(index, &bridge)?;
