@@ -4,6 +4,7 @@
 use crate::cache::{self, Cache, Entry, Kind};
 use crate::leash::{self, Leash};
 use crate::say::say;
+use crate::work::{self, WorkFolder};
 use crate::{programs, recipe, shell};
 use std::fs::{self, Permissions};
 use std::io;
@@ -21,6 +22,9 @@ pub enum Error {
     /// Programs are missing.
     #[error("this machine cannot build images")]
     Missing(#[from] programs::Missing),
+    /// No folder to build in.
+    #[error("cannot start a build")]
+    Folder(#[from] work::Error),
     /// A step could not be started or was stopped.
     #[error("cannot {what}")]
     Run {
@@ -79,11 +83,15 @@ fn build(new: &Path, leash: &Leash) -> Result<(), Error> {
     Ok(())
 }
 
-/// Runs as root of the new file system's owner: prepares it, then takes out what QEMU needs.
+/// Runs as the owner of the new file system: prepares it, then takes out what QEMU needs. Sub-uids cannot make
+/// device nodes; the one that is needed now is lent to them, in their own mount namespace.
 fn finish_script(root: &Path, out: &Path) -> String {
     let (root, out) = (shell::quote(&root.to_string_lossy()), shell::quote(&out.to_string_lossy()));
     format!(
-        "set -eu; chroot {root} /bin/sh -c {setup}
+        "set -eu; umask 022
+        [ -c {root}/dev/null ] || {{ : >{root}/dev/null; mount --bind /dev/null {root}/dev/null; bound=1; }}
+        chroot {root} /bin/sh -c {setup}
+        [ -z \"${{bound-}}\" ] || {{ umount {root}/dev/null; rm {root}/dev/null; }}
         for file in boot/rig/kernel boot/rig/initramfs boot/rig/applets bin/busybox; do cp -L {root}/$file {out}; done
         cp {root}/root/.ssh/id_ed25519 {out}/key
         mkfs.ext4 -qF -L root -E lazy_itable_init=1 -d {root} {out}/root.ext4 {size}
@@ -95,23 +103,21 @@ fn finish_script(root: &Path, out: &Path) -> String {
 
 fn remove_script(paths: &[&Path]) -> String {
     let paths: Vec<_> = paths.iter().map(|path| shell::quote(&path.to_string_lossy())).collect();
-    format!("rm -rf --one-file-system {}", paths.join(" "))
+    // What belongs to us, such as the folders themselves, goes with the working folder.
+    format!("for d in {}; do find $d -xdev -mindepth 1 -delete 2>/dev/null || :; done", paths.join(" "))
 }
 
 /// Runs `mmdebstrap` as root, or as a user in a namespace of sub-uids.
 pub struct Builder<'a> {
     leash: &'a Leash,
-    work: tempfile::TempDir,
+    work: WorkFolder,
     root: bool,
 }
 
 impl<'a> Builder<'a> {
     /// Makes a working folder that the sub-uids can reach too.
     pub fn new(leash: &'a Leash) -> Result<Self, Error> {
-        let temporary = crate::run::temporary();
-        let write = |source| Error::Write { path: temporary.display().to_string(), source };
-        let work =
-            tempfile::Builder::new().prefix("blixard-rig-build.").tempdir_in(&temporary).map_err(write)?;
+        let work = WorkFolder::new()?;
         let root = nix::unistd::geteuid().is_root();
         if !root {
             chmod(work.path(), 0o711)?;
@@ -149,7 +155,7 @@ impl<'a> Builder<'a> {
     fn inside(&self, script: &str) -> Command {
         let mut command = programs::command(if self.root { "sh" } else { "mmdebstrap" });
         if !self.root {
-            command.args(["--unshare-helper", "sh"]);
+            command.args(["--unshare-helper", "unshare", "--mount", "sh"]);
         }
         command.args(["-c", script]).env("LC_ALL", "C.UTF-8");
         command

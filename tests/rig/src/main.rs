@@ -18,6 +18,7 @@ mod shell;
 mod snapshot;
 mod ssh;
 mod switch;
+mod work;
 
 use clap::{Args, Parser, Subcommand};
 use leash::Leash;

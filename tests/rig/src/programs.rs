@@ -6,9 +6,11 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// Program and its Debian/Ubuntu package.
-const NEEDED: [(&str, &str); 4] = [
+const NEEDED: [(&str, &str); 5] = [
     ("qemu-system-x86_64", "qemu-system-x86"),
     ("mmdebstrap", "mmdebstrap"),
+    // mmdebstrap finds the key of the archive with it.
+    ("gpg", "gpg"),
     ("mkfs.ext4", "e2fsprogs"),
     ("ssh", "openssh-client"),
 ];
@@ -73,7 +75,7 @@ mod tests {
 
     #[test]
     fn the_message_names_program_package_and_command() {
-        let text = Missing(vec![NEEDED[1], NEEDED[2]]).to_string();
+        let text = Missing(vec![NEEDED[1], NEEDED[3]]).to_string();
         assert!(text.contains("missing: mmdebstrap, mkfs.ext4"));
         assert!(text.ends_with("apt-get install --no-install-recommends mmdebstrap e2fsprogs"));
     }

@@ -5,6 +5,7 @@ use crate::cache::Cache;
 use crate::leash::{self, Leash};
 use crate::qemu::{self, Host, Origin, Plan, Shape, Share};
 use crate::ssh::{self, Address, Shell};
+use crate::work::{self, WorkFolder};
 use crate::{image, shell, snapshot, switch};
 use std::fs::{self, File};
 use std::io::{self, Read};
@@ -12,9 +13,6 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
-use tempfile::TempDir;
-
-const PREFIX: &str = "blixard-rig.";
 
 /// What can go wrong before the command runs.
 #[derive(Debug, thiserror::Error)]
@@ -40,6 +38,9 @@ pub enum Error {
     /// A process could not be run, or everything was stopped.
     #[error("cannot run the command")]
     Run(#[from] leash::Error),
+    /// No folder for the files of this run.
+    #[error("cannot start a run")]
+    Folder(#[from] work::Error),
     /// A file of this run could not be written.
     #[error("cannot write {path}")]
     Write {
@@ -86,7 +87,7 @@ pub fn run(options: &Options, cache: &Cache, leash: &Leash) -> Result<u8, Error>
     };
     leash.limit(options.timeout)?;
 
-    let folder = RunFolder::new()?;
+    let folder = WorkFolder::new()?;
     let switch = folder.path().join("switch");
     let places: Vec<_> = (0..options.hosts).map(|index| folder.path().join(format!("rig{index}"))).collect();
     if options.hosts > 1 {
@@ -208,49 +209,6 @@ fn random() -> Result<[u8; 32], Error> {
     Ok(bytes)
 }
 
-/// For large files that end with the run: `$TMPDIR`, or `/var/tmp`, because `/tmp` is often memory.
-pub fn temporary() -> PathBuf {
-    std::env::var_os("TMPDIR").filter(|v| !v.is_empty()).map_or_else(|| "/var/tmp".into(), PathBuf::from)
-}
-
-/// The folder of a run, locked while it is used. A killed rig leaves its folder unlocked; the next one that
-/// comes along removes it.
-struct RunFolder {
-    folder: TempDir,
-    _lock: File,
-}
-
-impl RunFolder {
-    fn new() -> Result<Self, Error> {
-        let parent = temporary();
-        sweep(&parent);
-        let write = |source| Error::Write { path: parent.display().to_string(), source };
-        let folder = tempfile::Builder::new().prefix(PREFIX).tempdir_in(&parent).map_err(write)?;
-        let lock = File::open(folder.path()).map_err(write)?;
-        lock.lock().map_err(write)?;
-        Ok(Self { folder, _lock: lock })
-    }
-
-    fn path(&self) -> &Path {
-        self.folder.path()
-    }
-}
-
-fn sweep(parent: &Path) {
-    for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
-        let ours = entry.file_name().to_str().is_some_and(|name| name.starts_with(PREFIX));
-        // A folder younger than this may be between its making and its locking.
-        let old = entry.metadata().and_then(|m| m.modified()).ok().and_then(|t| t.elapsed().ok());
-        if !ours || old.is_none_or(|age| age < Duration::from_secs(60)) {
-            continue;
-        }
-        let Ok(folder) = File::open(entry.path()) else { continue };
-        if folder.try_lock().is_ok() {
-            _ = fs::remove_dir_all(entry.path());
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -269,23 +227,5 @@ mod tests {
         assert!(first.contains("52:54:00:77:00:01 10.77.0.1/24"));
         assert!(second.contains("52:54:00:77:00:02 10.77.0.2/24"));
         assert!(second.contains(&format!("echo {} >/etc/machine-id", "02".repeat(16))));
-    }
-
-    #[test]
-    fn a_folder_in_use_is_never_swept() {
-        let parent = tempfile::tempdir().unwrap();
-        let old = std::time::SystemTime::now() - Duration::from_secs(3600);
-        let make = |name: &str| {
-            let path = parent.path().join(format!("{PREFIX}{name}"));
-            fs::create_dir(&path).unwrap();
-            File::open(&path).unwrap().set_modified(old).unwrap();
-            path
-        };
-        let (used, left) = (make("used"), make("left"));
-        let lock = File::open(&used).unwrap();
-        lock.lock().unwrap();
-        sweep(parent.path());
-        assert!(used.exists());
-        assert!(!left.exists());
     }
 }

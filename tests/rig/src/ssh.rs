@@ -89,9 +89,9 @@ impl Address {
             "ConnectTimeout=30",
             // Notices a host that has rebooted or hangs; patient, because a loaded machine is slow.
             "-o",
-            "ServerAliveInterval=30",
+            "ServerAliveInterval=5",
             "-o",
-            "ServerAliveCountMax=10",
+            "ServerAliveCountMax=60",
         ]);
         command.arg(format!("echo {MARK}; exec sh"));
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());

@@ -62,6 +62,8 @@ Host rig* 10.77.0.*
     ControlMaster auto
     ControlPath /run/ssh-%n
     ControlPersist 600
+    ServerAliveInterval 5
+    ServerAliveCountMax 12
 X
 ssh-keygen -qt ed25519 -N '' -C rig -f /root/.ssh/id_ed25519
 cp /root/.ssh/id_ed25519.pub /root/.ssh/authorized_keys
