@@ -84,6 +84,11 @@ impl Chain {
         self.readable_length
     }
 
+    /// Contiguous pieces in the writable part.
+    pub fn writable_pieces(&self) -> usize {
+        self.segments.len().saturating_sub(self.readable_count)
+    }
+
     /// Bytes in the writable part.
     pub fn writable_length(&self) -> u32 {
         self.writable_length

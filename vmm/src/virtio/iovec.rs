@@ -65,7 +65,7 @@ impl IoVecs {
 
     fn add(&mut self, mut next: impl FnMut() -> Option<Segment>) -> Result<bool, ChainError> {
         while let Some(segment) = next() {
-            if self.list.len() >= CHAIN_BUFFERS_MAX {
+            if self.count() >= CHAIN_BUFFERS_MAX {
                 return Ok(false);
             }
             let length = segment.length as usize;
@@ -75,6 +75,19 @@ impl IoVecs {
             self.left += length;
         }
         Ok(true)
+    }
+
+    /// Forgets the next `count` pieces.
+    pub fn drop_front(&mut self, count: usize) {
+        let end = self.first.saturating_add(count).min(self.list.len());
+        let dropped = self.list.get(self.first..end).unwrap_or_default();
+        self.left -= dropped.iter().map(|piece| piece.iov_len).sum::<usize>();
+        self.first = end;
+        // Half of the list is behind: move the rest to the front, which costs less than what was done with it.
+        if self.first * 2 >= self.list.len() {
+            self.list.drain(..self.first);
+            self.first = 0;
+        }
     }
 
     /// Moves over `bytes` that were transferred.

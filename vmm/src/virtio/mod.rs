@@ -12,6 +12,10 @@ pub mod failure;
 #[cfg(any(test, feature = "guest-driver"))]
 pub mod guest_driver;
 pub mod iovec;
+pub mod net;
+pub mod net_tap;
+#[cfg(test)]
+mod net_test;
 pub mod queue;
 #[cfg(test)]
 mod queue_test;
