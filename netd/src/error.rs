@@ -46,6 +46,11 @@ pub enum ChangeError {
 }
 
 impl ChangeError {
+    /// True when the connection to the kernel is of no use any more.
+    pub fn is_lost_connection(&self) -> bool {
+        matches!(self, Self::Link(LinkError::NoAnswer { .. }))
+    }
+
     fn kind(&self) -> ProblemKind {
         match self {
             Self::Invalid(_) => ProblemKind::Invalid,

@@ -17,6 +17,10 @@ use serde_json::Value;
 
 /// Name of both tables.
 pub const TABLE: &str = "blixard";
+/// Family of the table for frames.
+const BRIDGE: &str = "bridge";
+/// Family of the table for packets.
+const INET: &str = "inet";
 
 /// What may pass on this node.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -61,22 +65,55 @@ impl Firewall {
     /// The text that makes the kernel's tables equal to this, in one transaction, whatever they were.
     pub fn ruleset(&self) -> String {
         let mut text = String::new();
-        for family in ["bridge", "inet"] {
+        for family in [BRIDGE, INET] {
             // Adding first makes deleting possible on a host where the table does not exist.
             text.push_str(&format!("add table {family} {TABLE}\ndelete table {family} {TABLE}\n"));
         }
         if !self.is_empty() {
-            text.push_str(&format!("table bridge {TABLE} {{\n{}{}}}\n", self.bridge_sets(), BRIDGE_CHAINS));
-            text.push_str(&format!("table inet {TABLE} {{\n{}{}}}\n", self.inet_sets(), INET_CHAINS));
+            for (family, chains) in [(BRIDGE, BRIDGE_CHAINS), (INET, INET_CHAINS)] {
+                text.push_str(&format!("table {family} {TABLE} {{\n"));
+                self.sets()
+                    .iter()
+                    .filter(|set| set.family == family)
+                    .for_each(|set| text.push_str(&set.to_string()));
+                text.push_str(chains);
+                text.push_str("}\n");
+            }
         }
         text
     }
 
-    fn bridge_sets(&self) -> String {
-        let mut macs = Set::new("macs", "type ifname . ether_addr");
-        let mut v4 = Set::new("v4", "type ifname . ipv4_addr");
-        let mut v6 = Set::new("v6", "type ifname . ipv6_addr");
-        let mut targets = Set::new("targets", "typeof iifname . @th,64,128");
+    /// The text that makes the kernel's tables equal to this, in one transaction, when they are equal to `before`.
+    pub fn ruleset_after(&self, before: &Self) -> String {
+        if self.is_empty() || before.is_empty() {
+            return self.ruleset();
+        }
+        let (old, new) = (before.sets(), self.sets());
+        let mut text = String::new();
+        // What moves from one nic to another has to go first.
+        for (verb, from, to) in [("delete", &old, &new), ("add", &new, &old)] {
+            for (set, other) in from.iter().zip(to) {
+                for element in set.elements.difference(&other.elements) {
+                    let Set { family, name, .. } = set;
+                    text.push_str(&format!("{verb} element {family} {TABLE} {name} {{ {element} }}\n"));
+                }
+            }
+        }
+        text
+    }
+
+    /// All sets of both tables, always the same ones in the same order.
+    fn sets(&self) -> Vec<Set> {
+        let mut sets: Vec<Set> = self.bridge_sets().into();
+        sets.extend(self.inet_sets());
+        sets
+    }
+
+    fn bridge_sets(&self) -> [Set; 4] {
+        let mut macs = Set::new(BRIDGE, "macs", "type ifname . ether_addr");
+        let mut v4 = Set::new(BRIDGE, "v4", "type ifname . ipv4_addr");
+        let mut v6 = Set::new(BRIDGE, "v6", "type ifname . ipv6_addr");
+        let mut targets = Set::new(BRIDGE, "targets", "typeof iifname . @th,64,128");
         for (id, nic) in &self.nics {
             macs.pair(id, nic.mac);
             let own = IpAddr::V6(link_local(nic.mac));
@@ -90,19 +127,19 @@ impl Firewall {
                 }
             }
         }
-        format!("{macs}{v4}{v6}{targets}")
+        [macs, v4, v6, targets]
     }
 
-    fn inet_sets(&self) -> String {
-        let mut outbound = Set::new("outbound", "type ifname");
-        let mut same = Set::new("same", "type ifname . ifname");
-        let mut gateways4 = Set::new("gateways4", "type ipv4_addr");
-        let mut gateways6 = Set::new("gateways6", "type ipv6_addr");
-        let mut own4 = Set::new("own4", "type ifname . ipv4_addr");
-        let mut own6 = Set::new("own6", "type ifname . ipv6_addr");
+    fn inet_sets(&self) -> [Set; 6] {
+        let mut outbound = Set::new(INET, "outbound", "type ifname");
+        let mut same = Set::new(INET, "same", "type ifname . ifname");
+        let mut gateways4 = Set::new(INET, "gateways4", "type ipv4_addr");
+        let mut gateways6 = Set::new(INET, "gateways6", "type ipv6_addr");
+        let mut own4 = Set::new(INET, "own4", "type ifname . ipv4_addr");
+        let mut own6 = Set::new(INET, "own6", "type ifname . ipv6_addr");
         for (bridge, network) in &self.networks {
             if network.outbound {
-                outbound.elements.push(format!("\"{bridge}\""));
+                outbound.elements.insert(format!("\"{bridge}\""));
             }
             same.pair(bridge, format_args!("\"{bridge}\""));
             for gateway in &network.gateways {
@@ -110,11 +147,11 @@ impl Firewall {
                     IpAddr::V4(_) => (&mut gateways4, &mut own4),
                     IpAddr::V6(_) => (&mut gateways6, &mut own6),
                 };
-                all.elements.push(gateway.to_string());
+                all.elements.insert(gateway.to_string());
                 own.pair(bridge, gateway);
             }
         }
-        format!("{outbound}{same}{gateways4}{gateways6}{own4}{own6}")
+        [outbound, same, gateways4, gateways6, own4, own6]
     }
 
     /// Reads the tables as `nft -j list table` prints them; `None` where there is no such table. An entry that is not ours
@@ -186,20 +223,21 @@ fn pairs<'a>(listing: &'a Value, name: &'a str) -> impl Iterator<Item = (&'a str
     })
 }
 
-/// A set while it is written.
+/// A set of one of the tables.
 struct Set {
+    family: &'static str,
     name: &'static str,
     kind: &'static str,
-    elements: Vec<String>,
+    elements: BTreeSet<String>,
 }
 
 impl Set {
-    fn new(name: &'static str, kind: &'static str) -> Self {
-        Self { name, kind, elements: Vec::new() }
+    fn new(family: &'static str, name: &'static str, kind: &'static str) -> Self {
+        Self { family, name, kind, elements: BTreeSet::new() }
     }
 
     fn pair(&mut self, interface: impl Display, value: impl Display) {
-        self.elements.push(format!("\"{interface}\" . {value}"));
+        self.elements.insert(format!("\"{interface}\" . {value}"));
     }
 }
 

@@ -4,7 +4,8 @@
 //! killed at any instant; the next `ensure` finishes what was begun.
 //!
 //! * [`node`]: the networks and nics of this node; [`network`] and [`nic`] hold the steps of each
-//! * [`firewall`]: what may pass, as a value, as text for nft and read back from it; [`nft`] runs nft
+//! * [`firewall`]: what may pass, as a value, as text for nft and read back from it; [`nft`] runs nft,
+//!   [`generation`] tells whether that is needed
 //! * [`link`]: interfaces, addresses and forwarding entries by rtnetlink
 //! * [`tap`]: TAP devices; [`raw`] holds the only `unsafe` code
 //! * [`sysctl`]: switches under `/proc/sys/net`
@@ -15,6 +16,7 @@
 pub mod check;
 pub mod error;
 pub mod firewall;
+pub mod generation;
 pub mod link;
 pub mod network;
 pub mod nft;

@@ -10,10 +10,12 @@ use std::time::Duration;
 use blixard_netd_api::Subnet;
 use blixard_vmm_api::config::MacAddr;
 use futures::{StreamExt, TryStreamExt};
+use nix::libc::{EAFNOSUPPORT, ENODEV};
 use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage};
 use rtnetlink::packet_route::link::{
-    BridgeStpState, InfoKind, LinkAttribute, LinkExtentMask, LinkInfo, LinkMessage,
+    AfSpecInet6, AfSpecUnspec, BridgeStpState, In6AddrGenMode, InfoKind, LinkAttribute, LinkExtentMask,
+    LinkInfo, LinkMessage,
 };
 use rtnetlink::packet_route::neighbour::{NeighbourFlags, NeighbourState};
 use rtnetlink::{Handle, LinkBridge, LinkBridgePort, LinkUnspec};
@@ -139,7 +141,7 @@ impl Links {
         kind.attributes = message.attributes;
         kind.attributes.push(LinkAttribute::LinkInfo(vec![LinkInfo::Kind(InfoKind::Bridge)]));
         self.wait(self.handle.link().add(kind).execute(), || format!("make the bridge {name}"))?;
-        self.index(name)
+        Ok(self.get(name)?.index)
     }
 
     /// Gives a bridge its properties: no spanning tree, no delay, no snooping, its largest packet in bytes, and that
@@ -186,6 +188,23 @@ impl Links {
     pub fn set_mtu(&self, index: u32, name: &str, mtu: u32) -> Result<(), LinkError> {
         let message = LinkUnspec::new_with_index(index).mtu(mtu).build();
         self.wait(self.handle.link().change(message).execute(), || format!("set the mtu of {name}"))
+    }
+
+    /// Keeps the host from making a link-local address for an interface: what comes in there is the bridge's business.
+    ///
+    /// # Errors
+    /// See [`LinkError`].
+    pub fn forbid_own_address(&self, index: u32, name: &str) -> Result<(), LinkError> {
+        let none = AfSpecUnspec::Inet6(vec![AfSpecInet6::AddrGenMode(In6AddrGenMode::None)]);
+        let message = LinkUnspec::new_with_index(index)
+            .append_extra_attribute(LinkAttribute::AfSpecUnspec(vec![none]))
+            .build();
+        let request = self.handle.link().change(message).execute();
+        match self.wait(request, || format!("keep {name} without an address")) {
+            // A host without IPv6 makes none.
+            Err(LinkError::Refused { source, .. }) if source.raw_os_error() == Some(EAFNOSUPPORT) => Ok(()),
+            result => result,
+        }
     }
 
     /// Attaches an interface to a bridge as a port that learns no addresses and gets no frames for unknown ones.
@@ -261,16 +280,25 @@ impl Links {
         }
     }
 
-    /// The number of an interface.
+    /// The interface of this name, if there is one.
     ///
     /// # Errors
     /// See [`LinkError`].
-    pub fn index(&self, name: &str) -> Result<u32, LinkError> {
-        let operation = || format!("find {name}");
+    pub fn find(&self, name: &str) -> Result<Option<Link>, LinkError> {
         let mut found = Box::pin(self.handle.link().get().match_name(name).execute());
-        let message = self.wait(async { found.next().await.transpose() }, operation)?;
-        let message = message.ok_or_else(|| LinkError::NoAnswer { operation: operation() })?;
-        Ok(message.header.index)
+        match self.wait(async { found.next().await.transpose() }, || format!("find {name}")) {
+            Ok(message) => Ok(message.as_ref().and_then(read_link)),
+            Err(LinkError::Refused { source, .. }) if is_absent(&source) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The interface of this name, which must exist.
+    ///
+    /// # Errors
+    /// See [`LinkError`].
+    pub fn get(&self, name: &str) -> Result<Link, LinkError> {
+        self.find(name)?.ok_or_else(|| LinkError::NoAnswer { operation: format!("find {name}") })
     }
 
     fn wait<T>(
@@ -290,7 +318,7 @@ impl Links {
 }
 
 fn is_absent(error: &io::Error) -> bool {
-    error.raw_os_error() == Some(nix::libc::ENODEV)
+    error.raw_os_error() == Some(ENODEV)
 }
 
 fn read_link(message: &LinkMessage) -> Option<Link> {

@@ -7,8 +7,8 @@ use blixard_vmm_api::config::MacAddr;
 use crate::error::ChangeError;
 use crate::firewall::{NetworkRules, link_local};
 use crate::link::{Address, Link, LinkKind};
-use crate::node::{Node, named};
-use crate::{check, nft, sysctl};
+use crate::node::Node;
+use crate::{check, sysctl};
 
 impl Node {
     /// Makes or repairs a network.
@@ -20,16 +20,17 @@ impl Node {
         let bridge = spec.interface();
         let links = self.links.list()?;
         let addresses = self.links.addresses()?;
-        let known = known_bridge(&links, &bridge)?;
+        let known = self.known_bridge(&bridge)?;
+        let known = known.as_ref();
         refuse_overlap(spec, known, &links, &addresses)?;
         if spec.nat {
             allow_forwarding(spec)?;
         }
 
-        let mut firewall = self.firewall(&links)?;
+        let mut firewall = self.firewall()?;
         let gateways = spec.subnets.iter().map(|subnet| subnet.gateway).collect();
         firewall.networks.insert(bridge.clone(), NetworkRules { outbound: spec.nat, gateways });
-        nft::apply(&firewall)?;
+        self.filter.apply(&firewall)?;
 
         let index = match known {
             Some(link) => link.index,
@@ -40,7 +41,6 @@ impl Node {
         if known.is_none_or(|link| link.mac != Some(mac)) {
             self.links.set_mac(index, &bridge, mac)?;
         }
-        sysctl::ignore_router_advertisements(&bridge)?;
         self.set_addresses(index, &bridge, spec, &addresses)?;
         self.links.up(index, &bridge)?;
         for port in links.iter().filter(|l| l.controller == Some(index) && l.mtu != u32::from(spec.mtu)) {
@@ -56,8 +56,8 @@ impl Node {
     pub fn remove_network(&self, name: &str) -> Result<(), ChangeError> {
         validate_network_name(name).map_err(ChangeError::Invalid)?;
         let bridge = bridge_name(name);
-        let mut links = self.links.list()?;
-        if let Some(link) = known_bridge(&links, &bridge)? {
+        if let Some(link) = self.known_bridge(&bridge)? {
+            let links = self.links.list()?;
             let ports: Vec<&Link> = links.iter().filter(|port| port.controller == Some(link.index)).collect();
             if let Some(first) = ports.first() {
                 return Err(ChangeError::InUse {
@@ -68,21 +68,19 @@ impl Node {
             }
             self.links.remove(link.index, &bridge)?;
         }
-        links.retain(|link| link.name != bridge);
-        self.shrink_firewall(&links)
+        let mut firewall = self.firewall()?;
+        firewall.networks.remove(&bridge);
+        Ok(self.filter.apply(&firewall)?)
     }
 
-    /// Takes out of the packet filter what belongs to none of `links`, if there is such.
-    pub(crate) fn shrink_firewall(&self, links: &[Link]) -> Result<(), ChangeError> {
-        let wanted = self.firewall(links)?;
-        if wanted.is_empty() {
-            if nft::exists()? {
-                nft::apply(&wanted)?;
+    /// The bridge of this name, if there is an interface of this name at all.
+    pub(crate) fn known_bridge(&self, bridge: &str) -> Result<Option<Link>, ChangeError> {
+        match self.links.find(bridge)? {
+            Some(link) if link.kind != LinkKind::Bridge => {
+                Err(ChangeError::Conflict(format!("the interface {bridge} exists and is no bridge")))
             }
-        } else if nft::read()? != wanted {
-            nft::apply(&wanted)?;
+            found => Ok(found),
         }
-        Ok(())
     }
 
     fn set_addresses(
@@ -105,16 +103,6 @@ impl Node {
             self.links.add_address(index, bridge, *new)?;
         }
         Ok(())
-    }
-}
-
-/// The bridge of this name, if there is an interface of this name at all.
-pub(crate) fn known_bridge<'a>(links: &'a [Link], bridge: &str) -> Result<Option<&'a Link>, ChangeError> {
-    match named(links, bridge) {
-        Some(link) if link.kind != LinkKind::Bridge => {
-            Err(ChangeError::Conflict(format!("the interface {bridge} exists and is no bridge")))
-        }
-        found => Ok(found),
     }
 }
 

@@ -1,5 +1,10 @@
-//! Runs nft: one call is one transaction of the kernel.
+//! The packet filter in the kernel: read and changed by nft, one call being one transaction.
+//!
+//! What was changed last is remembered together with the kernel's generation number. As long as that number stays, nobody
+//! has touched the filter, so it need not be read, and only the difference is written: the cost of a change does not
+//! grow with the number of nics. When it has moved, everything is read and written anew, which repairs whatever was done.
 
+use std::cell::RefCell;
 use std::ffi::OsStr;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -8,6 +13,7 @@ use std::process::{Command, Output, Stdio};
 use serde_json::Value;
 
 use crate::firewall::{Firewall, TABLE};
+use crate::generation::Generations;
 
 /// Where distributions put nft, after the folders of `PATH`.
 const FOLDERS: [&str; 5] =
@@ -18,6 +24,9 @@ const ERROR_TEXT_MAX: usize = 400;
 /// Why the packet filter could not be read or changed.
 #[derive(Debug, thiserror::Error)]
 pub enum NftError {
+    /// No connection to the kernel.
+    #[error("cannot open a netlink connection to the packet filter")]
+    Connect(#[source] io::Error),
     /// There is no nft on this host.
     #[error("the program nft is not installed; install the package nftables")]
     Missing,
@@ -43,31 +52,75 @@ pub enum NftError {
     Listing(#[source] serde_json::Error),
 }
 
-/// Reads our tables.
-///
-/// # Errors
-/// See [`NftError`].
-pub fn read() -> Result<Firewall, NftError> {
-    let bridge = list("bridge")?;
-    let inet = list("inet")?;
-    Ok(Firewall::read(bridge.as_ref(), inet.as_ref()))
+/// The packet filter of the kernel.
+#[derive(Debug)]
+pub struct Filter {
+    generations: Generations,
+    known: RefCell<Option<Known>>,
 }
 
-/// Makes our tables equal to `wanted`, at once or not at all.
-///
-/// # Errors
-/// See [`NftError`].
-pub fn apply(wanted: &Firewall) -> Result<(), NftError> {
-    let output = run(&["-f", "-"], wanted.ruleset().as_bytes())?;
-    if output.status.success() { Ok(()) } else { Err(refused("change the packet filter", &output)) }
+/// What the filter was at a generation.
+#[derive(Debug)]
+struct Known {
+    generation: u32,
+    firewall: Firewall,
 }
 
-/// True when one of our tables exists.
-///
-/// # Errors
-/// See [`NftError`].
-pub fn exists() -> Result<bool, NftError> {
-    Ok(list("bridge")?.is_some() || list("inet")?.is_some())
+impl Filter {
+    /// Connects, in the network namespace of the calling thread. Later calls must come from threads in the same one.
+    ///
+    /// # Errors
+    /// [`NftError::Connect`].
+    pub fn connect() -> Result<Self, NftError> {
+        let generations = Generations::connect().map_err(NftError::Connect)?;
+        Ok(Self { generations, known: RefCell::new(None) })
+    }
+
+    /// Our tables, if nobody has changed the filter since [`Self::apply`].
+    pub fn known(&self) -> Option<Firewall> {
+        let generation = self.generations.now()?;
+        let known = self.known.borrow();
+        known.as_ref().filter(|known| known.generation == generation).map(|known| known.firewall.clone())
+    }
+
+    /// Reads our tables from the kernel.
+    ///
+    /// # Errors
+    /// See [`NftError`].
+    pub fn read(&self) -> Result<Firewall, NftError> {
+        let bridge = list("bridge")?;
+        let inet = list("inet")?;
+        Ok(Firewall::read(bridge.as_ref(), inet.as_ref()))
+    }
+
+    /// Makes our tables equal to `wanted`, at once or not at all.
+    ///
+    /// # Errors
+    /// See [`NftError`].
+    pub fn apply(&self, wanted: &Firewall) -> Result<(), NftError> {
+        let before = self.generations.now();
+        let known = self.known.borrow_mut().take().filter(|known| Some(known.generation) == before);
+        let text = match &known {
+            Some(known) if known.firewall == *wanted => {
+                *self.known.borrow_mut() =
+                    Some(Known { generation: known.generation, firewall: wanted.clone() });
+                return Ok(());
+            }
+            Some(known) => wanted.ruleset_after(&known.firewall),
+            None => wanted.ruleset(),
+        };
+        let output = run(&["-f", "-"], text.as_bytes())?;
+        if !output.status.success() {
+            return Err(refused("change the packet filter", &output));
+        }
+        // One step is ours; more means that somebody else was at work, and what is there now is not known. Zero is skipped.
+        let after = self.generations.now();
+        let ours = before.map(|generation| generation.checked_add(1).unwrap_or(1));
+        if let Some(generation) = after.filter(|_| after == ours) {
+            *self.known.borrow_mut() = Some(Known { generation, firewall: wanted.clone() });
+        }
+        Ok(())
+    }
 }
 
 fn list(family: &str) -> Result<Option<Value>, NftError> {

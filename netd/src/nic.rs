@@ -6,13 +6,13 @@ use blixard_netd_api::spec::{bridge_name, validate_network_name};
 use blixard_netd_api::{NicId, NicSpec, Subnet};
 use blixard_vmm_api::config::MacAddr;
 
+use crate::check;
 use crate::error::ChangeError;
 use crate::firewall::{Firewall, NicRules};
 use crate::link::{Link, LinkKind};
-use crate::network::{bridge_mac, is_link_local, known_bridge};
-use crate::node::{Node, named};
+use crate::network::{bridge_mac, is_link_local};
+use crate::node::Node;
 use crate::tap::{self, TapError};
-use crate::{check, nft, sysctl};
 
 impl Node {
     /// Makes or repairs a nic; with `open`, answers its TAP.
@@ -21,19 +21,23 @@ impl Node {
     /// See [`ChangeError`]. A nic that did not exist before does not exist afterwards; one that did is completed by the next call.
     pub fn ensure_nic(&self, spec: &NicSpec, open: bool) -> Result<Option<OwnedFd>, ChangeError> {
         validate_network_name(&spec.network).map_err(ChangeError::Invalid)?;
-        let links = self.links.list()?;
-        let bridge = known_bridge(&links, &bridge_name(&spec.network))?
+        let bridge = self
+            .known_bridge(&bridge_name(&spec.network))?
             .ok_or_else(|| ChangeError::NoNetwork(spec.network.clone()))?;
-        let subnets = self.subnets(bridge)?;
+        let subnets = self.subnets(&bridge)?;
         check::nic(spec, &subnets).map_err(ChangeError::Invalid)?;
-        let known = known_tap(&links, &spec.id)?;
-        let mut firewall = self.firewall(&links)?;
-        refuse_double(spec, &firewall)?;
+        let known = self.known_tap(&spec.id)?;
+        let mut firewall = self.firewall()?;
+        if refuse_double(spec, &firewall).is_err() {
+            // The other one may be gone without netd: its TAP removed by hand.
+            firewall = self.read_firewall()?;
+            refuse_double(spec, &firewall)?;
+        }
 
         let rules = NicRules { mac: spec.mac, addresses: spec.addresses.iter().copied().collect() };
         let before = firewall.nics.insert(spec.id.clone(), rules);
-        nft::apply(&firewall)?;
-        let result = self.connect_tap(spec, open, bridge, before.map(|rules| rules.mac));
+        self.filter.apply(&firewall)?;
+        let result = self.connect_tap(spec, open, &bridge, before.map(|rules| rules.mac));
         if result.is_err() && known.is_none() {
             // The reason for the failure is what the caller has to know; what cannot be undone now is removed by the
             // next request about this nic.
@@ -49,12 +53,12 @@ impl Node {
     /// # Errors
     /// The kernel's answer.
     pub fn remove_nic(&self, id: &NicId) -> Result<(), ChangeError> {
-        let mut links = self.links.list()?;
-        if let Some(link) = known_tap(&links, id)? {
+        if let Some(link) = self.known_tap(id)? {
             self.links.remove(link.index, &link.name)?;
         }
-        links.retain(|link| link.name != id.interface());
-        self.shrink_firewall(&links)
+        let mut firewall = self.firewall()?;
+        firewall.nics.remove(id);
+        Ok(self.filter.apply(&firewall)?)
     }
 
     fn connect_tap(
@@ -71,8 +75,8 @@ impl Node {
             Err(TapError::Busy(_)) if !open => None,
             Err(error) => return Err(error.into()),
         };
-        sysctl::disable_v6(name)?;
-        let index = self.links.index(name)?;
+        let index = self.links.get(name)?.index;
+        self.links.forbid_own_address(index, name)?;
         self.links.set_mtu(index, name, bridge.mtu)?;
         self.links.attach(index, bridge.index, name)?;
         if let Some(old) = mac_before.filter(|old| *old != spec.mac) {
@@ -83,19 +87,20 @@ impl Node {
         Ok(tap.filter(|_| open))
     }
 
+    /// The TAP of a nic, if there is an interface of this name at all.
+    fn known_tap(&self, id: &NicId) -> Result<Option<Link>, ChangeError> {
+        match self.links.find(id.interface())? {
+            Some(link) if link.kind != LinkKind::Tun => {
+                Err(ChangeError::Conflict(format!("the interface {id} exists and is no TAP")))
+            }
+            found => Ok(found),
+        }
+    }
+
     fn subnets(&self, bridge: &Link) -> Result<Vec<Subnet>, ChangeError> {
         let addresses = self.links.addresses()?;
         let own = addresses.iter().filter(|a| a.index == bridge.index && !is_link_local(a));
         Ok(own.map(|address| address.subnet).collect())
-    }
-}
-
-fn known_tap<'a>(links: &'a [Link], id: &NicId) -> Result<Option<&'a Link>, ChangeError> {
-    match named(links, id.interface()) {
-        Some(link) if link.kind != LinkKind::Tun => {
-            Err(ChangeError::Conflict(format!("the interface {id} exists and is no TAP")))
-        }
-        found => Ok(found),
     }
 }
 

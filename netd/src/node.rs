@@ -7,12 +7,13 @@ use blixard_netd_api::{Inventory, NicId};
 
 use crate::error::ChangeError;
 use crate::firewall::Firewall;
-use crate::link::{Link, LinkError, LinkKind, Links};
-use crate::nft;
+use crate::link::{Link, LinkKind, Links};
+use crate::nft::Filter;
 
 /// The kernel, seen as networks and nics.
 pub struct Node {
     pub(crate) links: Links,
+    pub(crate) filter: Filter,
 }
 
 impl Node {
@@ -21,8 +22,8 @@ impl Node {
     ///
     /// # Errors
     /// The system's answer.
-    pub fn open() -> Result<Self, LinkError> {
-        Ok(Self { links: Links::connect()? })
+    pub fn open() -> Result<Self, ChangeError> {
+        Ok(Self { links: Links::connect()?, filter: Filter::connect()? })
     }
 
     /// What exists on this node under our prefix.
@@ -43,9 +44,18 @@ impl Node {
         Ok(Inventory { networks, nics })
     }
 
-    /// The packet filter as it is, without what belongs to interfaces that are gone.
-    pub(crate) fn firewall(&self, links: &[Link]) -> Result<Firewall, ChangeError> {
-        let mut found = nft::read()?;
+    /// The packet filter as it is. When it has to be read: without what belongs to interfaces that are gone.
+    pub(crate) fn firewall(&self) -> Result<Firewall, ChangeError> {
+        match self.filter.known() {
+            Some(known) => Ok(known),
+            None => self.read_firewall(),
+        }
+    }
+
+    /// The packet filter as the kernel has it, without what belongs to interfaces that are gone.
+    pub(crate) fn read_firewall(&self) -> Result<Firewall, ChangeError> {
+        let mut found = self.filter.read()?;
+        let links = self.links.list()?;
         let bridges: BTreeSet<&str> =
             links.iter().filter(|l| l.kind == LinkKind::Bridge).map(|l| l.name.as_str()).collect();
         let nics: BTreeSet<NicId> = links.iter().filter_map(nic_id).collect();
@@ -64,9 +74,4 @@ pub(crate) fn network_name(link: &Link) -> Option<&str> {
 /// The id of the nic when this is the TAP of one.
 pub(crate) fn nic_id(link: &Link) -> Option<NicId> {
     if link.kind == LinkKind::Tun { link.name.parse().ok() } else { None }
-}
-
-/// The interface of this name.
-pub(crate) fn named<'a>(links: &'a [Link], name: &str) -> Option<&'a Link> {
-    links.iter().find(|link| link.name == name)
 }

@@ -16,7 +16,7 @@ const CONNECTIONS_MAX: usize = 8;
 /// Largest request in bytes: a nic with all its addresses needs less than 1 KiB.
 const REQUEST_BYTES_MAX: usize = 16 << 10;
 /// How long a connection may be silent between requests.
-const SILENCE_MAX: Duration = Duration::from_secs(30);
+const SILENCE_MAX: Duration = Duration::from_secs(3);
 /// How long the agent may take to read a reply.
 const REPLY_TIME_MAX: Duration = Duration::from_secs(10);
 
@@ -60,9 +60,13 @@ fn answer_all(connection: &Connection, node: &Mutex<Node>) -> Result<(), IpcErro
         let request: Request = message.decode()?;
         let started = Instant::now();
         let (reply, tap) = {
-            // Every request starts by reading the kernel: a panic of another one left nothing half known.
-            let node = node.lock().unwrap_or_else(PoisonError::into_inner);
-            answer(&node, &request)
+            // Every request starts by asking the kernel: a panic of another one left nothing half known.
+            let mut node = node.lock().unwrap_or_else(PoisonError::into_inner);
+            let result = answer(&node, &request);
+            if result.as_ref().is_err_and(ChangeError::is_lost_connection) {
+                reconnect(&mut node);
+            }
+            result.unwrap_or_else(|error| (Reply::Refused(Problem::from(error)), None))
         };
         let microseconds = started.elapsed().as_micros();
         match &reply {
@@ -76,9 +80,9 @@ fn answer_all(connection: &Connection, node: &Mutex<Node>) -> Result<(), IpcErro
     Ok(())
 }
 
-fn answer(node: &Node, request: &Request) -> (Reply, Option<OwnedFd>) {
+fn answer(node: &Node, request: &Request) -> Result<(Reply, Option<OwnedFd>), ChangeError> {
     let done = |()| (Reply::Done, None);
-    let result: Result<_, ChangeError> = match request {
+    match request {
         Request::EnsureNetwork(spec) => node.ensure_network(spec).map(done),
         Request::RemoveNetwork { name } => node.remove_network(name).map(done),
         Request::EnsureNic { spec, open } => node.ensure_nic(spec, *open).map(|tap| match tap {
@@ -87,8 +91,15 @@ fn answer(node: &Node, request: &Request) -> (Reply, Option<OwnedFd>) {
         }),
         Request::RemoveNic { id } => node.remove_nic(id).map(done),
         Request::List => node.list().map(|inventory| (Reply::Inventory(inventory), None)),
-    };
-    result.unwrap_or_else(|error| (Reply::Refused(Problem::from(error)), None))
+    }
+}
+
+/// A connection that once gave no answer may give none ever again, or the late one.
+fn reconnect(node: &mut Node) {
+    match Node::open() {
+        Ok(fresh) => *node = fresh,
+        Err(error) => warn!(%error, "cannot connect to the kernel again"),
+    }
 }
 
 /// How many connections there are.

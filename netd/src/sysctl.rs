@@ -59,27 +59,6 @@ pub fn forward_v6() -> Result<(), SysctlError> {
     set(ALL, "1")
 }
 
-/// Keeps IPv6 of the host away from a TAP: its packets are the bridge's business.
-///
-/// # Errors
-/// As [`forward_v4`].
-pub fn disable_v6(interface: &str) -> Result<(), SysctlError> {
-    set_if_there(&format!("net/ipv6/conf/{interface}/disable_ipv6"), "1")
-}
-
-/// Keeps a bridge from taking addresses and routes from its guests.
-///
-/// # Errors
-/// As [`forward_v4`].
-pub fn ignore_router_advertisements(interface: &str) -> Result<(), SysctlError> {
-    set_if_there(&format!("net/ipv6/conf/{interface}/accept_ra"), "0")
-}
-
-/// A host without IPv6 has none of its switches.
-fn set_if_there(switch: &str, value: &'static str) -> Result<(), SysctlError> {
-    if path(switch).exists() { set(switch, value) } else { Ok(()) }
-}
-
 fn set(switch: &str, value: &'static str) -> Result<(), SysctlError> {
     if is(switch, value) {
         return Ok(());

@@ -9,10 +9,11 @@ use std::time::Duration;
 
 use blixard_netd::Node;
 use blixard_netd::firewall::{Firewall, NetworkRules, NicRules};
-use blixard_netd::nft;
+use blixard_netd::nft::Filter;
 use blixard_netd_api::NicId;
 use blixard_vmm_api::config::MacAddr;
 use proptest::prelude::*;
+use support::nft;
 use support::{
     ARP, BROADCAST, Guest, IPV4, IPV6, alone, arp, contains, default_network, echo, ethernet, icmp6, ip,
     ipv4, network, nic, run, udp, udp6,
@@ -356,10 +357,26 @@ fn any_packet_filter_is_read_back_as_it_was_written() {
     if !support::namespace() {
         return;
     }
-    proptest!(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() }, |(wanted in any_firewall())| {
-        nft::apply(&wanted).unwrap();
-        prop_assert_eq!(nft::read().unwrap(), wanted);
+    // The first knows what it wrote and writes differences; the second knows nothing.
+    let filter = Filter::connect().unwrap();
+    proptest!(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() }, |(first in any_firewall(), wanted in any_firewall())| {
+        filter.apply(&first).unwrap();
+        filter.apply(&wanted).unwrap();
+        prop_assert_eq!(filter.known(), Some(wanted.clone()));
+        prop_assert_eq!(filter.read().unwrap(), wanted.clone());
+        let by_difference = nft("list ruleset");
+        Filter::connect().unwrap().apply(&wanted).unwrap();
+        prop_assert_eq!(sorted(&nft("list ruleset")), sorted(&by_difference));
+        prop_assert_eq!(filter.known(), None, "somebody else wrote");
     });
-    nft::apply(&Firewall::default()).unwrap();
-    assert!(!nft::exists().unwrap());
+    filter.apply(&Firewall::default()).unwrap();
+    assert_eq!(nft("list ruleset"), "");
+}
+
+/// The words of a listing: the kernel keeps the elements of a set in no order.
+fn sorted(listing: &str) -> Vec<String> {
+    let mut words: Vec<String> =
+        listing.split([' ', ',', '\n', '\t']).map(str::to_owned).filter(|w| !w.is_empty()).collect();
+    words.sort();
+    words
 }
