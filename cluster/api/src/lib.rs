@@ -27,6 +27,7 @@
 //! [`IDEMPOTENCY_HEADER`] (the answer of its first execution is repeated for a day) and `If-Match: GENERATION`.
 #![forbid(unsafe_code)]
 
+pub mod client;
 pub mod error;
 pub mod image;
 pub mod server;
@@ -34,6 +35,7 @@ pub mod vm;
 pub mod watch;
 
 pub use blixard_vmm_api::VmId;
+pub use client::{Client, ClientError};
 pub use error::{ApiError, Detail};
 
 use serde::{Deserialize, Serialize};
