@@ -121,19 +121,28 @@ impl<'a> Builder<'a> {
         let root = nix::unistd::geteuid().is_root();
         if !root {
             chmod(work.path(), 0o711)?;
-            make_open(&work.path().join("tmp"))?;
         }
+        make_open(&work.path().join("tmp"))?;
         Ok(Self { leash, work, root })
     }
 
     /// The common part of a call of `mmdebstrap`.
     pub fn mmdebstrap(&self) -> Command {
-        let mut command = programs::command("mmdebstrap");
+        let mut command = self.tied("mmdebstrap");
         command.arg(if self.root { "--mode=root" } else { "--mode=unshare" });
         command.args(["--aptopt=Acquire::Languages none", "--dpkgopt=force-unsafe-io"]);
+        command.env("TMPDIR", self.work.path().join("tmp"));
+        command
+    }
+
+    /// A program whose descendants die with it: in a process namespace of its own. A user cannot make one here
+    /// without losing the sub-uids; then what a killed `mmdebstrap` has started runs to its end.
+    fn tied(&self, program: &str) -> Command {
         if !self.root {
-            command.env("TMPDIR", self.work.path().join("tmp"));
+            return programs::command(program);
         }
+        let mut command = programs::command("unshare");
+        command.args(["--pid", "--fork", "--kill-child", "--mount-proc", program]);
         command
     }
 
@@ -153,7 +162,7 @@ impl<'a> Builder<'a> {
 
     /// A shell script that runs as the owner of the files `mmdebstrap` made.
     fn inside(&self, script: &str) -> Command {
-        let mut command = programs::command(if self.root { "sh" } else { "mmdebstrap" });
+        let mut command = self.tied(if self.root { "sh" } else { "mmdebstrap" });
         if !self.root {
             command.args(["--unshare-helper", "unshare", "--mount", "sh"]);
         }

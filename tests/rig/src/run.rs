@@ -133,6 +133,11 @@ fn prepare(
         let shell = Shell::open(host, &address, leash)?;
         channels.push((address, shell));
     }
+    if options.boot {
+        for ((_, shell), host) in channels.iter_mut().zip(hosts.iter()) {
+            shell.run(host, snapshot::SETTLE)?;
+        }
+    }
     for ((_, shell), host) in channels.iter_mut().zip(hosts.iter()) {
         shell.begin(host, &setup_script(host.index, &options.shares, &random()?, now()))?;
     }

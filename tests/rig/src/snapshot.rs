@@ -13,14 +13,17 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// Raised when the making of snapshots changes in a way its other ingredients do not show.
-const VERSION: &str = "1";
+const VERSION: &str = "2";
 /// A boot takes half a minute under emulation; a loaded machine may need many times that.
 const BOOT_LIMIT: Duration = Duration::from_secs(900);
 
-/// Loads once what every run uses, so that it is in the page cache of the snapshot, and leaves nothing dirty.
-const SETTLE: &str = "systemctl is-system-running --wait
+/// Waits for the end of the boot, loads once what every run uses, so that it is in the page cache of the snapshot,
+/// and leaves nothing dirty. On a loaded machine udev is still loading kvm when systemd says it is running.
+pub const SETTLE: &str = "systemctl is-system-running --wait
+    udevadm settle --timeout=120
+    [ -c /dev/kvm ] || { echo no /dev/kvm; exit 1; }
     tr -d - </proc/sys/kernel/random/uuid >/dev/null; ip -br addr >/dev/null; hostname >/dev/null
-    mount -t tmpfs none /mnt; umount /mnt; [ -c /dev/kvm ]; sync";
+    mount -t tmpfs none /mnt; umount /mnt; sync";
 /// Says on the console, which we can read, that no ssh session is left.
 const WATCH: &str = "setsid sh -c 'while pgrep -f \"^sshd: root\" >/dev/null; do sleep 0.1; done
     sync; echo rig-is-idle >/dev/ttyS0' >/dev/null 2>&1 &";
