@@ -7,8 +7,10 @@
 //! ```
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{OwnedFd, RawFd};
 use std::sync::Arc;
+
+use vmm_sys_util::epoll::EventSet;
 
 use super::backing::{Backing, BackingError};
 use super::block_engine::{Engine, Finished, Operation};
@@ -30,6 +32,7 @@ const BYTES_PER_TURN: u64 = 4 << 20;
 const QUEUE_SIZE: u16 = 256;
 const QUEUE_SIZES: [u16; 1] = [QUEUE_SIZE];
 const TURN: u64 = 0;
+const ENGINE: u64 = 1;
 
 /// Bits of virtio 1.3 section 5.2.3.
 mod feature {
@@ -66,6 +69,8 @@ enum BlockFailure {
     Chain(#[from] ChainError),
     #[error("events of the device")]
     Event(#[source] io::Error),
+    #[error("I/O engine")]
+    Engine(#[source] io::Error),
 }
 
 /// The device.
@@ -74,6 +79,8 @@ pub struct Block {
     limits: Limits,
     config: ConfigSpace,
     engine: Engine,
+    /// The engine's descriptor while it is watched.
+    watched: Option<RawFd>,
     turn: Turn,
     active: Option<Active>,
     paused: bool,
@@ -100,6 +107,8 @@ struct Active {
     /// Requests with the engine, by the head of their chain.
     in_flight: Vec<Option<InFlight>>,
     spare: Vec<IoVecs>,
+    /// Kept for its allocation.
+    done: Vec<Finished>,
     /// The driver knows no FLUSH: it takes a finished write for durable (virtio 1.3 section 5.2.6.2).
     durable: bool,
 }
@@ -116,6 +125,19 @@ impl Block {
     /// # Errors
     /// What is wrong with the serial number or the backing.
     pub fn new(id: &str, backing: OwnedFd, read_only: bool) -> Result<Self, BlockError> {
+        Self::with_engine(id, backing, read_only, Engine::new)
+    }
+
+    /// The same with a chosen engine.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn with_engine(
+        id: &str,
+        backing: OwnedFd,
+        read_only: bool,
+        engine: fn(Backing) -> Engine,
+    ) -> Result<Self, BlockError> {
         let fits = (1..=ID_LENGTH).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_graphic());
         if !fits {
             return Err(BlockError::Id(id.to_owned()));
@@ -130,7 +152,8 @@ impl Block {
             id: serial,
             limits,
             config: ConfigSpace::new(config_bytes(limits, backing.block_size())),
-            engine: Engine::new(backing),
+            engine: engine(backing),
+            watched: None,
             turn: Turn::new().map_err(|e| BlockError::Event(id.to_owned(), e))?,
             active: None,
             paused: false,
@@ -139,16 +162,46 @@ impl Block {
         })
     }
 
-    fn run(&mut self) {
-        let Some(active) = self.active.as_mut().filter(|_| !self.paused) else { return };
+    fn watch(&mut self, watch: &mut dyn Watch) -> io::Result<()> {
+        self.turn.watch(watch, TURN)?;
+        if let Some(fd) = self.engine.event_fd() {
+            if let Err(error) = watch.add(fd, EventSet::IN.bits(), ENGINE) {
+                self.turn.unwatch(watch);
+                return Err(error);
+            }
+            self.watched = Some(fd);
+        }
+        Ok(())
+    }
+
+    fn unwatch(&mut self, watch: &mut dyn Watch) {
+        if let Some(fd) = self.watched.take() {
+            watch.remove(fd);
+        }
+    }
+
+    fn run(&mut self, watch: &mut dyn Watch) {
+        if !self.paused {
+            self.act(Active::serve, watch);
+        }
+    }
+
+    fn act(
+        &mut self,
+        act: fn(&mut Active, &mut Work<'_>) -> Result<bool, BlockFailure>,
+        watch: &mut dyn Watch,
+    ) {
+        let Some(active) = self.active.as_mut().filter(|active| active.queue.is_enabled()) else { return };
         let mut work =
             Work { id: &self.id, limits: self.limits, engine: &mut self.engine, counts: &mut self.counts };
-        match active.serve(&mut work) {
+        match act(active, &mut work) {
             Ok(true) => self.turn.ask(),
             Ok(false) => {}
             Err(error) => {
-                self.failure.note(&error, &*active.interrupt);
                 active.queue = Queue::disabled(0);
+                self.failure.note(&error, &*active.interrupt);
+                self.engine.drain(&mut Vec::new());
+                self.unwatch(watch);
             }
         }
     }
@@ -163,10 +216,24 @@ struct Work<'a> {
 }
 
 impl Active {
-    /// Begins requests; true when there are more than fit in one turn.
+    /// Begins requests and answers finished ones; true when there are more than fit in one turn.
     fn serve(&mut self, work: &mut Work<'_>) -> Result<bool, BlockFailure> {
+        let more = self.begin_all(work)?;
+        let mut done = std::mem::take(&mut self.done);
+        let again = work.engine.poll(&mut done).map_err(BlockFailure::Engine)?;
+        let room = more && !work.engine.is_full();
+        self.finish_all(&mut done, work)?;
+        self.done = done;
+        // A full engine wakes us when it has room.
+        Ok(room || again)
+    }
+
+    fn begin_all(&mut self, work: &mut Work<'_>) -> Result<bool, BlockFailure> {
         let before = work.counts.read_bytes + work.counts.write_bytes;
         for _ in 0..REQUESTS_PER_TURN {
+            if work.engine.is_full() {
+                break;
+            }
             let Some(chain) = self.queue.pop()? else {
                 if self.queue.enable_kicks()? {
                     continue;
@@ -174,14 +241,35 @@ impl Active {
                 return Ok(false);
             };
             self.begin(chain, work)?;
-            if self.queue.publish()? {
-                self.interrupt.used(self.queue.index());
-            }
+            // What is done already need not wait for the rest.
+            self.publish()?;
             if work.counts.read_bytes + work.counts.write_bytes - before >= BYTES_PER_TURN {
                 break;
             }
         }
         Ok(true)
+    }
+
+    /// Waits for all that is in flight.
+    fn drain(&mut self, work: &mut Work<'_>) -> Result<bool, BlockFailure> {
+        let mut done = Vec::new();
+        work.engine.drain(&mut done);
+        self.finish_all(&mut done, work)?;
+        Ok(false)
+    }
+
+    fn finish_all(&mut self, done: &mut Vec<Finished>, work: &mut Work<'_>) -> Result<(), BlockFailure> {
+        for finished in done.drain(..) {
+            self.finish(finished, work.counts)?;
+        }
+        self.publish()
+    }
+
+    fn publish(&mut self) -> Result<(), BlockFailure> {
+        if self.queue.publish()? {
+            self.interrupt.used(self.queue.index());
+        }
+        Ok(())
     }
 
     fn begin(&mut self, chain: Chain, work: &mut Work<'_>) -> Result<(), BlockFailure> {
@@ -334,7 +422,7 @@ impl Device for Block {
     fn activate(&mut self, activation: Activation, watch: &mut dyn Watch) {
         let Activation { memory, features, queues, interrupt } = activation;
         let queue = queues.into_iter().next().unwrap_or_else(|| Queue::disabled(0));
-        if let Err(error) = self.turn.watch(watch, TURN) {
+        if let Err(error) = self.watch(watch) {
             self.failure.note(&BlockFailure::Event(error), &*interrupt);
             return;
         }
@@ -344,30 +432,40 @@ impl Device for Block {
             queue,
             interrupt,
             spare: Vec::new(),
+            done: Vec::new(),
             durable: features & feature::FLUSH == 0,
         });
-        self.run();
+        self.run(watch);
     }
 
-    fn on_kick(&mut self, _index: u16, _watch: &mut dyn Watch) {
-        self.run();
+    fn on_kick(&mut self, _index: u16, watch: &mut dyn Watch) {
+        self.run(watch);
     }
 
-    fn on_event(&mut self, _token: u64, _events: u32, _watch: &mut dyn Watch) {
-        self.turn.take();
-        self.run();
+    fn on_event(&mut self, token: u64, _events: u32, watch: &mut dyn Watch) {
+        if token == TURN {
+            self.turn.take();
+        }
+        self.run(watch);
     }
 
     fn deactivate(&mut self, watch: &mut dyn Watch) {
+        // Nothing may be written for requests of this driver into the memory of the next one.
+        self.engine.drain(&mut Vec::new());
         if self.active.take().is_some() {
             self.turn.unwatch(watch);
         }
+        self.unwatch(watch);
         self.failure.clear();
     }
 
-    fn on_pause(&mut self, paused: bool, _watch: &mut dyn Watch) {
+    fn on_pause(&mut self, paused: bool, watch: &mut dyn Watch) {
         self.paused = paused;
-        self.run();
+        if paused {
+            // A VM that stands still has no I/O under way: its memory and its disk belong to the same instant.
+            self.act(Active::drain, watch);
+        }
+        self.run(watch);
     }
 
     fn failure(&self) -> Option<String> {
@@ -385,6 +483,8 @@ impl Device for Block {
             ("discards", c.discards),
             ("write_zeroes", c.write_zeroes),
             ("errors", c.errors),
+            ("in_flight", self.engine.in_flight() as u64),
+            ("io_uring", u64::from(self.engine.event_fd().is_some())),
             ("failures", self.failure.count()),
         ]
     }

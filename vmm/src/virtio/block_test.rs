@@ -4,11 +4,13 @@ use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
+use std::time::Duration;
 
 use proptest::prelude::*;
 
-use super::backing::BackingError;
+use super::backing::{Backing, BackingError};
 use super::block::{Block, BlockError};
+use super::block_engine::Engine;
 use super::device::Device;
 use super::guest_driver::{Buffer, Machine};
 
@@ -45,11 +47,22 @@ fn fd_of(file: &File) -> OwnedFd {
     file.try_clone().unwrap().into()
 }
 
+/// With io_uring where the kernel has it, and without.
+const ENGINES: [fn(Backing) -> Engine; 2] = [Engine::new, Engine::plain];
+
 impl Disk {
     fn new(content: &[u8], read_only: bool) -> Self {
+        Self::with(content, read_only, Engine::new, F_FLUSH)
+    }
+
+    fn with(content: &[u8], read_only: bool, engine: fn(Backing) -> Engine, features: u64) -> Self {
         let file = file_of(content);
-        let device = Block::new("disk-0", fd_of(&file), read_only).unwrap();
-        Self { machine: Machine::start(device, F_FLUSH, true), file }
+        let device = Block::with_engine("disk-0", fd_of(&file), read_only, engine).unwrap();
+        Self { machine: Machine::start(device, features, true), file }
+    }
+
+    fn count(&self, name: &str) -> u64 {
+        self.machine.device.counters().iter().find(|(n, _)| *n == name).unwrap().1
     }
 
     fn header(&self, at: u64, kind: u32, sector: u64) {
@@ -122,17 +135,20 @@ fn the_configuration_tells_size_limits_and_features() {
 
 #[test]
 fn reads_and_writes_tell_the_bytes_they_filled_in() {
-    let mut disk = Disk::new(&pattern(16 * 512), false);
-    let (status, length, data) = disk.request(IN, 3, &[], 1024);
-    assert_eq!((status, length), (OK, 1025));
-    assert_eq!(data, pattern(16 * 512)[3 * 512..5 * 512]);
-    let (status, length, _) = disk.request(OUT, 15, &[7; 512], 0);
-    assert_eq!((status, length), (OK, 1));
-    assert_eq!(disk.content()[15 * 512..], [7; 512]);
-    assert_eq!(disk.status(FLUSH, 0, &[], 0), OK);
-    let (status, length, id) = disk.request(GET_ID, 0, &[], 20);
-    assert_eq!((status, length), (OK, 21));
-    assert_eq!(&id, b"disk-0\0\0\0\0\0\0\0\0\0\0\0\0\0\0");
+    for (engine, features) in [(ENGINES[0], F_FLUSH), (ENGINES[1], F_FLUSH), (ENGINES[0], 0), (ENGINES[1], 0)]
+    {
+        let mut disk = Disk::with(&pattern(16 * 512), false, engine, features);
+        let (status, length, data) = disk.request(IN, 3, &[], 1024);
+        assert_eq!((status, length), (OK, 1025));
+        assert_eq!(data, pattern(16 * 512)[3 * 512..5 * 512]);
+        let (status, length, _) = disk.request(OUT, 15, &[7; 512], 0);
+        assert_eq!((status, length), (OK, 1));
+        assert_eq!(disk.content()[15 * 512..], [7; 512]);
+        assert_eq!(disk.status(FLUSH, 0, &[], 0), OK);
+        let (status, length, id) = disk.request(GET_ID, 0, &[], 20);
+        assert_eq!((status, length), (OK, 21));
+        assert_eq!(&id, b"disk-0\0\0\0\0\0\0\0\0\0\0\0\0\0\0");
+    }
 }
 
 #[test]
@@ -174,11 +190,13 @@ fn a_read_only_disk_refuses_all_that_changes_it() {
 
 #[test]
 fn a_backing_that_became_shorter_is_an_error_of_the_request_only() {
-    let mut disk = Disk::new(&pattern(8 * 512), false);
-    disk.file.set_len(4 * 512).unwrap();
-    let (status, length, _) = disk.request(IN, 3, &[], 1024);
-    assert_eq!((status, length), (IOERR, 0), "no byte is promised");
-    assert_eq!(disk.status(IN, 3, &[], 512), OK);
+    for engine in ENGINES {
+        let mut disk = Disk::with(&pattern(8 * 512), false, engine, F_FLUSH);
+        disk.file.set_len(4 * 512).unwrap();
+        let (status, length, _) = disk.request(IN, 3, &[], 1024);
+        assert_eq!((status, length), (IOERR, 0), "no byte is promised");
+        assert_eq!(disk.status(IN, 3, &[], 512), OK);
+    }
 }
 
 #[test]
@@ -199,31 +217,99 @@ fn a_chain_without_header_or_status_stops_the_device_until_its_reset() {
     }
 }
 
-#[test]
-fn many_requests_at_once_are_each_answered_once() {
-    let mut disk = Disk::new(&pattern(64 * 512), false);
+/// Offers a read of each of the first `count` sectors at once, without kicking.
+fn offer_reads(disk: &mut Disk, count: u64) -> Vec<u16> {
     let at = disk.machine.buffers;
     let mut heads = vec![];
-    for i in 0..85u64 {
-        let place = at + 0x1000 * i;
-        disk.header(place, IN, i % 64);
+    for i in 0..count {
+        let (header, table) = (at + 0x1000 * i, at + 0x1000 * i + 2048);
+        disk.header(header, IN, i);
+        disk.machine.put(header + 16, &[UNWRITTEN]);
         let buffers = [
-            Buffer::Readable(place, 16),
-            Buffer::Writable(place + 512, 512),
-            Buffer::Writable(place + 16, 1),
+            Buffer::Readable(header, 16),
+            Buffer::Writable(header + 512, 512),
+            Buffer::Writable(header + 16, 1),
         ];
-        heads.push(disk.machine.queues[0].post(&buffers).unwrap());
+        heads.push(disk.machine.queues[0].post_indirect(table, &buffers).unwrap());
     }
-    disk.machine.kick(0);
-    let mut used: Vec<_> = (0..85).map(|_| disk.machine.wait_used(0).0).collect();
-    used.sort_unstable();
-    heads.sort_unstable();
-    assert_eq!(used, heads);
-    for i in 0..85u64 {
-        let sector = (i % 64) as usize;
-        assert_eq!(disk.machine.get(at + 0x1000 * i + 512, 512), pattern(64 * 512)[sector * 512..][..512]);
-        assert_eq!(disk.machine.get(at + 0x1000 * i + 16, 1), [OK]);
+    heads
+}
+
+#[test]
+fn more_requests_than_the_engine_takes_are_each_answered_once() {
+    for engine in ENGINES {
+        let content = pattern(256 * 512);
+        let mut disk = Disk::with(&content, false, engine, F_FLUSH);
+        let mut heads = offer_reads(&mut disk, 256);
+        disk.machine.kick(0);
+        let mut used: Vec<_> = (0..256).map(|_| disk.machine.wait_used(0).0).collect();
+        used.sort_unstable();
+        heads.sort_unstable();
+        assert_eq!(used, heads);
+        let at = disk.machine.buffers;
+        for i in 0..256u64 {
+            assert_eq!(disk.machine.get(at + 0x1000 * i + 512, 512), content[i as usize * 512..][..512]);
+            assert_eq!(disk.machine.get(at + 0x1000 * i + 16, 1), [OK]);
+        }
+        assert_eq!(disk.count("in_flight"), 0);
     }
+}
+
+#[test]
+fn what_is_in_flight_is_finished_before_a_pause_or_a_reset_ends() {
+    for engine in ENGINES {
+        let mut disk = Disk::with(&pattern(256 * 512), false, engine, F_FLUSH);
+        offer_reads(&mut disk, 256);
+        disk.machine.kick(0);
+        disk.machine.device.on_pause(true, &mut disk.machine.events);
+        assert_eq!(disk.count("in_flight"), 0);
+        let before = std::iter::from_fn(|| disk.machine.queues[0].take_used()).count();
+        while disk.machine.events.turn(&mut disk.machine.device, Duration::from_millis(20)) > 0 {}
+        assert_eq!(disk.machine.queues[0].take_used(), None, "a paused disk begins nothing");
+        disk.machine.device.on_pause(false, &mut disk.machine.events);
+        for _ in before..256 {
+            disk.machine.wait_used(0);
+        }
+
+        offer_reads(&mut disk, 256);
+        disk.machine.kick(0);
+        disk.machine.reset();
+        assert_eq!(disk.count("in_flight"), 0);
+        assert_eq!(disk.machine.events.watched(), 0);
+        disk.machine.activate();
+        assert_eq!(disk.status(IN, 0, &[], 512), OK);
+    }
+}
+
+#[test]
+fn a_broken_ring_with_requests_in_flight_stops_the_disk_only() {
+    for engine in ENGINES {
+        let mut disk = Disk::with(&pattern(256 * 512), false, engine, F_FLUSH);
+        offer_reads(&mut disk, 50);
+        disk.machine.queues[0].available_entry(50, 999);
+        disk.machine.queues[0].available_index(51);
+        disk.machine.kick(0);
+        assert_eq!(disk.machine.interrupts.reset_count(), 1);
+        assert_eq!(disk.count("in_flight"), 0);
+        assert_eq!(
+            disk.machine.events.turn(&mut disk.machine.device, Duration::from_millis(20)),
+            0,
+            "nothing spins"
+        );
+        disk.machine.reset();
+        disk.machine.activate();
+        assert_eq!(disk.status(IN, 0, &[], 512), OK);
+    }
+}
+
+#[test]
+fn io_uring_is_used_where_the_kernel_has_it() {
+    let disk = Disk::new(&pattern(512), false);
+    match io_uring::IoUring::new(1) {
+        Ok(_) => assert_eq!(disk.count("io_uring"), 1),
+        Err(error) => println!("skipped: io_uring: {error}"),
+    }
+    assert_eq!(Disk::with(&pattern(512), false, Engine::plain, F_FLUSH).count("io_uring"), 0);
 }
 
 #[test]
@@ -288,9 +374,11 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
     /// The disk remembers exactly what a plain array of sectors would.
     #[test]
-    fn a_disk_behaves_like_an_array_of_sectors(steps in proptest::collection::vec(step(), 1..60)) {
+    fn a_disk_behaves_like_an_array_of_sectors(
+        steps in proptest::collection::vec(step(), 1..60), engine in 0usize..2, features in prop_oneof![Just(0), Just(F_FLUSH)],
+    ) {
         let mut model = pattern(SECTORS as usize * 512);
-        let mut disk = Disk::new(&model, false);
+        let mut disk = Disk::with(&model, false, ENGINES[engine], features);
         let bytes = |sector: u64, count: u64| sector as usize * 512..(sector + count) as usize * 512;
         for step in steps {
             match step {
