@@ -87,3 +87,74 @@ fn edge(subnet: Subnet, address: IpAddr) -> bool {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn subnet(text: &str) -> Subnet {
+        let (gateway, prefix) = text.split_once('/').unwrap();
+        Subnet { gateway: gateway.parse().unwrap(), prefix: prefix.parse().unwrap() }
+    }
+
+    #[test]
+    fn subnets_overlap_when_they_share_an_address() {
+        for (a, b, shared) in [
+            ("10.0.0.1/8", "10.88.0.1/16", true),
+            ("10.88.0.1/16", "10.89.0.1/16", false),
+            ("10.88.0.1/24", "10.88.0.200/32", true),
+            ("10.88.0.1/25", "10.88.0.200/25", false),
+            ("0.0.0.0/0", "10.88.0.1/16", true),
+            ("fd00::1/48", "fd00::1:0:0:1/64", true),
+            ("fd00::1/64", "10.0.0.1/8", false),
+            ("::/0", "fd00::1/64", true),
+        ] {
+            assert_eq!(overlap(subnet(a), subnet(b)), shared, "{a} {b}");
+            assert_eq!(overlap(subnet(b), subnet(a)), shared, "{b} {a}");
+        }
+    }
+
+    #[test]
+    fn the_edges_of_a_subnet_are_no_computers() {
+        for (text, address, at_edge) in [
+            ("10.88.0.1/16", "10.88.0.0", true),
+            ("10.88.0.1/16", "10.88.255.255", true),
+            ("10.88.0.1/16", "10.88.1.0", false),
+            ("10.88.0.1/30", "10.88.0.3", true),
+            ("fd00::1/64", "fd00::", true),
+            ("fd00::1/64", "fd00::ffff:ffff:ffff:ffff", false),
+        ] {
+            assert_eq!(edge(subnet(text), address.parse().unwrap()), at_edge, "{address} in {text}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_request_panics_and_what_passes_is_inside(
+            bits in any::<u128>(), v6 in any::<bool>(), prefix in any::<u8>(), host in any::<u128>(), mac in any::<[u8; 6]>(),
+        ) {
+            let address = |bits: u128| match v6 {
+                true => IpAddr::from(Ipv6Addr::from_bits(bits)),
+                false => IpAddr::from(Ipv4Addr::from_bits(u32::try_from(bits >> 96).unwrap())),
+            };
+            let subnet = Subnet { gateway: address(bits), prefix };
+            let spec = NetworkSpec { name: "a".into(), subnets: vec![subnet], nat: true, mtu: 1500 };
+            let accepted = network(&spec).is_ok();
+            prop_assert!(!accepted || overlap(subnet, subnet));
+            // Half of the hosts are inside.
+            let inside = if host % 2 == 0 { bits ^ (host >> prefix.min(127)) } else { host };
+            let nic_spec = NicSpec {
+                id: "bxv0123456789-0".parse().unwrap(),
+                network: "a".into(),
+                mac: blixard_vmm_api::config::MacAddr(mac),
+                addresses: vec![address(inside)],
+            };
+            if nic(&nic_spec, &[subnet]).is_ok() {
+                prop_assert!(subnet.contains(address(inside)) && address(inside) != subnet.gateway);
+                prop_assert!(nic_spec.mac.is_unicast());
+            }
+        }
+    }
+}

@@ -88,7 +88,7 @@ impl Firewall {
         if self.is_empty() || before.is_empty() {
             return self.ruleset();
         }
-        let (old, new) = (before.sets(), self.sets());
+        let (old, new) = (before.with_nics_unlike(self).sets(), self.with_nics_unlike(before).sets());
         let mut text = String::new();
         // What moves from one nic to another has to go first.
         for (verb, from, to) in [("delete", &old, &new), ("add", &new, &old)] {
@@ -100,6 +100,15 @@ impl Firewall {
             }
         }
         text
+    }
+
+    /// This without the nics that are the same in `other`. Networks stay: they may share elements.
+    fn with_nics_unlike(&self, other: &Self) -> Self {
+        let unlike = self.nics.iter().filter(|(id, rules)| other.nics.get(*id) != Some(rules));
+        Self {
+            networks: self.networks.clone(),
+            nics: unlike.map(|(id, rules)| (id.clone(), rules.clone())).collect(),
+        }
     }
 
     /// All sets of both tables, always the same ones in the same order.
@@ -323,3 +332,79 @@ const INET_CHAINS: &str = r#"
     iifname @outbound oifname != "bx-*" masquerade
   }
 "#;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample() -> Firewall {
+        let mut sample = Firewall::default();
+        let addresses = |texts: [&str; 2]| texts.map(|text| text.parse().unwrap()).into();
+        for (n, text) in [(1, "bxv0000000001-0"), (2, "bxv0000000002-0")] {
+            let addresses = addresses([&format!("10.88.0.1{n}"), &format!("fd88::1{n}")]);
+            let rules = NicRules { mac: MacAddr([0x52, 0x54, 0, 0, 0, n]), addresses };
+            sample.nics.insert(text.parse().unwrap(), rules);
+        }
+        let network = NetworkRules { outbound: true, gateways: addresses(["10.88.0.1", "fd88::1"]) };
+        sample.networks.insert("bx-default".into(), network);
+        sample
+    }
+
+    #[test]
+    fn the_ruleset_of_two_nics_is_the_one_in_the_tests_folder() {
+        assert_eq!(sample().ruleset(), include_str!("../tests/two_nics.nft"));
+    }
+
+    #[test]
+    fn an_empty_firewall_leaves_no_table() {
+        let text = Firewall::default().ruleset();
+        assert!(text.contains("delete table bridge blixard") && text.contains("delete table inet blixard"));
+        assert!(!text.contains('{'));
+        assert_eq!(Firewall::default().ruleset_after(&sample()), text);
+    }
+
+    #[test]
+    fn a_difference_is_written_without_the_rest() {
+        let before = sample();
+        let mut after = before.clone();
+        let (id, moved) = after.nics.pop_first().unwrap();
+        after.nics.insert("bxv0000000003-0".parse().unwrap(), moved);
+        let text = after.ruleset_after(&before);
+        let first_add = text.find("add ").unwrap();
+        assert!(text.rfind("delete ").unwrap() < first_add, "{text}");
+        assert!(
+            text.contains(&format!("delete element bridge blixard v4 {{ \"{id}\" . 10.88.0.11 }}\n")),
+            "{text}"
+        );
+        assert!(
+            text.contains("add element bridge blixard v4 { \"bxv0000000003-0\" . 10.88.0.11 }\n"),
+            "{text}"
+        );
+        assert!(!text.contains("bxv0000000002-0") && !text.contains("inet"), "{text}");
+        assert_eq!(before.ruleset_after(&before), "");
+    }
+
+    #[test]
+    fn the_link_local_address_is_the_one_the_guest_makes() {
+        let mac = MacAddr([0x52, 0x54, 0, 0x12, 0x34, 0x56]);
+        assert_eq!(link_local(mac), "fe80::5054:ff:fe12:3456".parse::<Ipv6Addr>().unwrap());
+    }
+
+    #[test]
+    fn what_is_not_ours_in_a_listing_is_passed_over() {
+        let listing = |name: &str, elements: Value| serde_json::json!({"nftables": [{"metainfo": {}}, {"set": {"name": name, "elem": elements}}, {"rule": {}}]});
+        let pair = |a: &str, b: &str| serde_json::json!({"concat": [a, b]});
+        let macs = serde_json::json!([
+            pair("eth0", "52:54:00:00:00:01"),
+            pair("bxv0000000001-0", "nonsense"),
+            pair("bxv0000000002-0", "52:54:00:00:00:02"),
+            "bxv0000000003-0",
+            {"concat": ["bxv0000000004-0"]},
+            7,
+        ]);
+        let found = Firewall::read(Some(&listing("macs", macs)), Some(&Value::Null));
+        let ids: Vec<String> = found.nics.keys().map(NicId::to_string).collect();
+        assert_eq!(ids, ["bxv0000000002-0"]);
+        assert!(Firewall::read(None, Some(&listing("own4", pair("bx-a", "10.0.0.1")))).is_empty());
+    }
+}

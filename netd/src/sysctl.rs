@@ -51,7 +51,10 @@ pub fn forward_v6() -> Result<(), SysctlError> {
         let interface = interface.map_err(SysctlError::List)?.file_name();
         let Some(interface) = interface.to_str() else { continue };
         let accept = format!("net/ipv6/conf/{interface}/accept_ra");
-        if interface != "all" && is(&accept, "1") && is(&format!("net/ipv6/conf/{interface}/forwarding"), "0")
+        // Interfaces that come later keep the kernel's default: a bridge or container must not be believed.
+        if !["all", "default"].contains(&interface)
+            && is(&accept, "1")
+            && is(&format!("net/ipv6/conf/{interface}/forwarding"), "0")
         {
             set(&accept, "2")?;
         }

@@ -272,3 +272,65 @@ fn two_nics_with_the_same_address_are_refused() {
     heir.addresses = a.addresses;
     node.ensure_nic(&heir, false).unwrap();
 }
+
+#[test]
+fn a_host_that_has_its_address_from_a_router_keeps_it_when_it_begins_to_forward() {
+    let Some(node) = alone() else { return };
+    ip("link add uplink type veth peer name router");
+    ip("link add quiet type veth peer name other-end");
+    let switch = |name: &str| format!("/proc/sys/net/ipv6/conf/{name}");
+    let read = |name: &str| std::fs::read_to_string(switch(name)).unwrap().trim().to_owned();
+    std::fs::write(switch("all/forwarding"), "0").unwrap();
+    for (interface, accepts) in [("uplink", "1"), ("quiet", "0"), ("default", "1")] {
+        std::fs::write(switch(&format!("{interface}/accept_ra")), accepts).unwrap();
+    }
+    node.ensure_network(&network("a", &["fd77::1/64"], false)).unwrap();
+    assert_eq!(read("all/forwarding"), "0", "a network that stays at home needs no forwarding");
+    node.ensure_network(&network("a", &["fd77::1/64"], true)).unwrap();
+    let after = ["all/forwarding", "uplink/accept_ra", "quiet/accept_ra", "default/accept_ra"].map(read);
+    assert_eq!(after, ["1", "2", "0", "1"]);
+}
+
+#[test]
+fn a_network_that_cannot_be_is_refused_with_its_field_and_leaves_nothing() {
+    let Some(node) = alone() else { return };
+    let subnets = [
+        "10.88.0.0/16",
+        "10.88.255.255/16",
+        "169.254.1.1/16",
+        "0.1.2.3/8",
+        "240.0.0.1/8",
+        "127.0.0.1/8",
+        "224.0.0.1/8",
+        "fe80::1/64",
+        "fd88::/64",
+        "::ffff:10.0.0.1/112",
+        "ff02::1/64",
+        "10.88.0.1/31",
+    ];
+    for text in subnets {
+        let problem = refused(node.ensure_network(&network("a", &[text], true)));
+        assert_eq!(problem.kind, ProblemKind::Invalid, "{problem}");
+        assert!(problem.message.starts_with("subnets"), "{problem}");
+    }
+    for name in ["", "../x", "A", "a b", "thirteen-long"] {
+        assert_eq!(
+            refused(node.ensure_network(&network(name, &["10.77.0.1/24"], true))).kind,
+            ProblemKind::Invalid
+        );
+        assert_eq!(refused(node.remove_network(name)).kind, ProblemKind::Invalid);
+    }
+    assert_untouched();
+}
+
+#[test]
+fn the_address_of_a_nic_whose_tap_was_removed_by_hand_is_free_again() {
+    let Some(node) = alone() else { return };
+    node.ensure_network(&default_network()).unwrap();
+    let (gone, mut heir) = two_nics();
+    node.ensure_nic(&gone, false).unwrap();
+    ip(&format!("link delete {}", gone.id));
+    heir.addresses = gone.addresses;
+    node.ensure_nic(&heir, false).unwrap();
+    assert!(!nft("list table bridge blixard").contains(gone.id.interface()));
+}

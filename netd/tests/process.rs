@@ -199,7 +199,9 @@ fn a_socket_can_be_passed_by_systemd() {
     let listener = blixard_ipc::Listener::bind(&socket, 0o600).unwrap();
     let passed = Stdio::from(listener.as_fd().try_clone_to_owned().unwrap());
     let script = "exec 3<&0 </dev/null; LISTEN_PID=$$ LISTEN_FDS=1 exec \"$0\"";
-    let mut child = Command::new("sh").args(["-c", script, PROGRAM]).stdin(passed).spawn().unwrap();
+    let mut command = Command::new("sh");
+    let mut child =
+        command.args(["-c", script, PROGRAM]).stdin(passed).stderr(Stdio::null()).spawn().unwrap();
     assert!(NetdClient::new(&socket).list().is_ok());
     child.kill().unwrap();
     child.wait().unwrap();
@@ -294,17 +296,14 @@ fn what_is_no_request_ends_the_connection_and_nothing_else() {
 }
 
 #[test]
-fn connections_that_say_nothing_do_not_keep_others_out_for_long() {
+fn connections_that_say_nothing_are_ended_for_those_that_wait() {
     if !support::namespace() {
         return;
     }
     let netd = Netd::start("");
-    let silent: Vec<Connection> = (0..7).map(|_| Connection::connect(&netd.socket).unwrap()).collect();
+    let silent: Vec<Connection> = (0..8).map(|_| Connection::connect(&netd.socket).unwrap()).collect();
     netd.client().list().unwrap();
-    let more: Vec<Connection> = (0..7).map(|_| Connection::connect(&netd.socket).unwrap()).collect();
     drop(silent);
-    drop(more);
-    netd.client().list().unwrap();
 }
 
 #[test]

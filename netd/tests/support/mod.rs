@@ -6,6 +6,7 @@ use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::Command;
+use std::sync::Once;
 use std::time::{Duration, Instant};
 
 use blixard_netd::Node;
@@ -29,12 +30,27 @@ pub fn alone() -> Option<Node> {
 
 /// As [`alone`], without the node.
 pub fn namespace() -> bool {
-    if let Err(error) = nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET) {
-        println!("skipped: no network namespace of its own ({error}); run as root");
+    if let Some(reason) = impossible() {
+        static SAID: Once = Once::new();
+        // Not by println: what a passing test prints is not shown, and a skipped one must be seen.
+        let line = format!("skipped: tests in a network namespace ({reason})\n");
+        SAID.call_once(|| std::io::stderr().write_all(line.as_bytes()).unwrap());
         return false;
     }
     ip("link set lo up");
     true
+}
+
+fn impossible() -> Option<String> {
+    for (program, package) in [("ip", "iproute2"), ("nft", "nftables"), ("setpriv", "util-linux")] {
+        if Command::new(program).arg("--version").output().is_err() {
+            return Some(format!("{program} is missing: install {package}"));
+        }
+    }
+    if let Err(error) = nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET) {
+        return Some(format!("{error}: run as root"));
+    }
+    File::open("/dev/net/tun").err().map(|error| format!("/dev/net/tun: {error}"))
 }
 
 /// Runs a command that must succeed and answers its output.
@@ -51,6 +67,14 @@ pub fn ip(arguments: &str) -> String {
 
 pub fn nft(arguments: &str) -> String {
     run("nft", arguments)
+}
+
+/// With br_netfilter, which Docker loads, frames inside a bridge also pass the packet filter of IP. Answers whether this
+/// kernel has it and it is now on (or off).
+pub fn frames_pass_the_ip_filter(on: bool) -> bool {
+    let switch = "/proc/sys/net/bridge/bridge-nf-call-iptables";
+    let there = std::fs::write(switch, if on { "1" } else { "0" }).is_ok();
+    there || !on
 }
 
 pub fn subnet(text: &str) -> Subnet {
