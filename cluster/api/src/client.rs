@@ -66,12 +66,15 @@ impl Client {
         self.get("/v1/version".into()).await
     }
 
-    /// How the node is. A node that does not serve is a refusal with status 503.
+    /// How the node is, also when it does not serve.
     ///
     /// # Errors
     /// See [`ClientError`].
     pub async fn health(&self) -> Result<Health, ClientError> {
-        self.get("/v1/health".into()).await
+        let mut call = Call::new(Method::GET, "/v1/health".into());
+        call.or_503 = true;
+        let response = self.send(&mut call).await?;
+        transport::json(&self.host, response).await
     }
 
     /// What the node and its agent found on their host.
@@ -253,7 +256,10 @@ impl Client {
         let once = call.upload.is_some();
         loop {
             match transport::send(&self.host, call).await {
-                Err(ClientError::Refused(refusal)) if refusal.error.retryable && !once => {
+                // Not a wait that took its time (408): that is for the caller to decide.
+                Err(ClientError::Refused(refusal))
+                    if refusal.error.retryable && matches!(refusal.status, 429 | 503) && !once =>
+                {
                     let Some(pause) = pauses.next() else { return Err(ClientError::Refused(refusal)) };
                     tokio::time::sleep(Duration::from_millis(*pause)).await;
                 }

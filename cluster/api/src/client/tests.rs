@@ -112,6 +112,22 @@ async fn a_retryable_refusal_is_tried_again_with_the_same_idempotency_key() {
 }
 
 #[tokio::test]
+async fn a_wait_that_took_its_time_is_not_tried_again() {
+    let server = Server::with(vec![refused("408 Timeout", true), answer("200 OK", VM)]);
+    let wait = Wait { until: vec!["ready".into()], time: Duration::from_secs(1) };
+    assert_eq!(server.client.wait_vm("p", "web", &wait).await.unwrap_err().status(), Some(408));
+    assert_eq!(server.seen().len(), 1);
+}
+
+#[tokio::test]
+async fn a_node_that_does_not_serve_still_says_how_it_is() {
+    let body = r#"{"ready":false,"leader":null,"agent":false,"problems":["no leader is known"]}"#;
+    let server = Server::with(vec![answer("503 Service Unavailable", body)]);
+    let health = server.client.health().await.unwrap();
+    assert_eq!((health.ready, health.problems.len()), (false, 1));
+}
+
+#[tokio::test]
 async fn what_is_not_of_this_api_is_told_as_such() {
     let server = Server::with(vec![
         answer("502 Bad Gateway", "<html>proxy</html>"),

@@ -32,6 +32,8 @@ pub(super) struct Call {
     pub upload: Option<Box<Upload>>,
     pub idempotency: Option<String>,
     pub upgrade: bool,
+    /// An answer with status 503 is as good as others: its body says more.
+    pub or_503: bool,
     /// Longest time until the head of the answer; `None`: as long as it takes.
     pub time: Option<Duration>,
 }
@@ -45,6 +47,7 @@ impl Call {
             upload: None,
             idempotency: None,
             upgrade: false,
+            or_503: false,
             time: Some(ANSWER_TIME),
         }
     }
@@ -107,8 +110,10 @@ pub(super) async fn send(host: &Host, call: &mut Call) -> Result<Response<Incomi
             .map_err(|_| ClientError::NoAnswer { host: host.clone(), time })??,
         None => exchange.await?,
     };
-    if response.status().is_success()
-        || (call.upgrade && response.status() == StatusCode::SWITCHING_PROTOCOLS)
+    let status = response.status();
+    if status.is_success()
+        || (call.upgrade && status == StatusCode::SWITCHING_PROTOCOLS)
+        || (call.or_503 && status == StatusCode::SERVICE_UNAVAILABLE)
     {
         return Ok(response);
     }
