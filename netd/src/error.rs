@@ -18,6 +18,9 @@ pub enum ChangeError {
     /// The network does not exist.
     #[error("the network {0} does not exist on this node")]
     NoNetwork(String),
+    /// The network has not all its addresses.
+    #[error("the network {0} has lost an address; ensure the network first")]
+    Damaged(String),
     /// Interfaces are attached to the network.
     #[error("the network {network} is used by {count} interfaces, among them {example}")]
     InUse {
@@ -57,7 +60,9 @@ impl ChangeError {
             Self::NoNetwork(_) => ProblemKind::NoNetwork,
             Self::InUse { .. } | Self::Tap(TapError::Busy(_)) => ProblemKind::Busy,
             Self::Conflict(_) | Self::Tap(TapError::Other(_)) => ProblemKind::Conflict,
-            Self::Link(_) | Self::Nft(_) | Self::Sysctl(_) | Self::Tap(_) => ProblemKind::Kernel,
+            Self::Damaged(_) | Self::Link(_) | Self::Nft(_) | Self::Sysctl(_) | Self::Tap(_) => {
+                ProblemKind::Kernel
+            }
         }
     }
 }

@@ -5,7 +5,7 @@ use blixard_netd_api::{NetworkSpec, Subnet};
 use blixard_vmm_api::config::MacAddr;
 
 use crate::error::ChangeError;
-use crate::firewall::{NetworkRules, link_local};
+use crate::firewall::{Firewall, NetworkRules, link_local};
 use crate::link::{Address, Link, LinkKind};
 use crate::node::Node;
 use crate::{check, sysctl};
@@ -23,11 +23,12 @@ impl Node {
         let known = self.known_bridge(&bridge)?;
         let known = known.as_ref();
         refuse_overlap(spec, known, &links, &addresses)?;
+        let mut firewall = self.firewall()?;
+        refuse_gateway_in_use(spec, &firewall)?;
         if spec.nat {
             allow_forwarding(spec)?;
         }
 
-        let mut firewall = self.firewall()?;
         let gateways = spec.subnets.iter().map(|subnet| subnet.gateway).collect();
         firewall.networks.insert(bridge.clone(), NetworkRules { outbound: spec.nat, gateways });
         self.filter.apply(&firewall)?;
@@ -126,6 +127,17 @@ fn refuse_overlap(
                 "subnets: {subnet} overlaps {} of the interface {}",
                 address.subnet,
                 holder.map_or("?", |link| &link.name)
+            )));
+        }
+    }
+    Ok(())
+}
+
+fn refuse_gateway_in_use(spec: &NetworkSpec, firewall: &Firewall) -> Result<(), ChangeError> {
+    for subnet in &spec.subnets {
+        if let Some((id, _)) = firewall.nics.iter().find(|(_, nic)| nic.addresses.contains(&subnet.gateway)) {
+            return Err(ChangeError::Conflict(format!(
+                "subnets: {subnet}: the address belongs to the nic {id}"
             )));
         }
     }

@@ -25,9 +25,13 @@ impl Node {
             .known_bridge(&bridge_name(&spec.network))?
             .ok_or_else(|| ChangeError::NoNetwork(spec.network.clone()))?;
         let subnets = self.subnets(&bridge)?;
+        let mut firewall = self.firewall()?;
+        let intended = firewall.networks.get(&bridge.name).map(|rules| &rules.gateways);
+        if intended.is_some_and(|all| all.iter().any(|a| !subnets.iter().any(|s| s.gateway == *a))) {
+            return Err(ChangeError::Damaged(spec.network.clone()));
+        }
         check::nic(spec, &subnets).map_err(ChangeError::Invalid)?;
         let known = self.known_tap(&spec.id)?;
-        let mut firewall = self.firewall()?;
         if refuse_double(spec, &firewall).is_err() {
             // The other one may be gone without netd: its TAP removed by hand.
             firewall = self.read_firewall()?;

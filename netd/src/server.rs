@@ -1,11 +1,12 @@
 //! Accepts the agent and nobody else, and answers its requests one after another.
 
+use std::error::Error;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use blixard_ipc::{Connection, IpcError, Listener};
-use blixard_netd_api::{Problem, Reply, Request};
+use blixard_netd_api::{Problem, ProblemKind, Reply, Request};
 use tracing::{debug, info, warn};
 
 use crate::error::ChangeError;
@@ -57,7 +58,16 @@ pub fn serve(listener: &Listener, agent_uid: u32, node: Node) -> Result<(), IpcE
 
 fn answer_all(connection: &Connection, node: &Mutex<Node>) -> Result<(), IpcError> {
     while let Some(message) = connection.receive(REQUEST_BYTES_MAX, Some(Instant::now() + SILENCE_MAX))? {
-        let request: Request = message.decode()?;
+        let request: Request = match message.decode() {
+            Ok(request) => request,
+            Err(error) => {
+                // For an agent of another version: it shall know that asking again does not help.
+                let problem = not_understood(&error);
+                warn!(%problem, "refused");
+                connection.send(&Reply::Refused(problem), &[], Instant::now() + REPLY_TIME_MAX)?;
+                continue;
+            }
+        };
         let started = Instant::now();
         let (reply, tap) = {
             // Every request starts by asking the kernel: a panic of another one left nothing half known.
@@ -92,6 +102,11 @@ fn answer(node: &Node, request: &Request) -> Result<(Reply, Option<OwnedFd>), Ch
         Request::RemoveNic { id } => node.remove_nic(id).map(done),
         Request::List => node.list().map(|inventory| (Reply::Inventory(inventory), None)),
     }
+}
+
+fn not_understood(error: &IpcError) -> Problem {
+    let cause = error.source().map(ToString::to_string).unwrap_or_default();
+    Problem { kind: ProblemKind::Invalid, message: format!("netd does not understand this request: {cause}") }
 }
 
 /// A connection that once gave no answer may give none ever again, or the late one.

@@ -73,6 +73,11 @@ fn a_guest_cannot_speak_with_another_voice() {
     let (gateway, all) = (v4("10.88.0.1"), v6("ff02::1"));
     let data = udp(1000, 2000, EVIL);
     let target = |address: Ipv6Addr| address.octets();
+    let odd_arp = |at: std::ops::Range<usize>, field: &[u8]| {
+        let mut honest = arp(1, (a.mac, a.v4), (MacAddr([0; 6]), b.v4));
+        honest[at].copy_from_slice(field);
+        ethernet(BROADCAST, a.mac, ARP, &honest)
+    };
     let evil: Vec<(&str, Vec<u8>)> = vec![
         ("other hardware address", ethernet(b.mac, other, IPV4, &ipv4(a.v4, b.v4, 17, &data))),
         ("hardware address of the neighbour", ethernet(b.mac, b.mac, IPV4, &ipv4(a.v4, b.v4, 17, &data))),
@@ -92,7 +97,10 @@ fn a_guest_cannot_speak_with_another_voice() {
         ("ARP probe for the neighbour", {
             ethernet(BROADCAST, a.mac, ARP, &arp(1, (a.mac, v4("0.0.0.0")), (MacAddr([0; 6]), b.v4)))
         }),
-        ("ARP of another network", ethernet(BROADCAST, a.mac, ARP, &[0, 6, 8, 0, 6, 4, 0, 1].repeat(4))),
+        ("ARP of another hardware", odd_arp(0..2, &[0, 6])),
+        ("ARP of another protocol", odd_arp(2..4, &[0x86, 0xdd])),
+        ("ARP with long hardware addresses", odd_arp(4..5, &[8])),
+        ("ARP with long addresses", odd_arp(5..6, &[16])),
         ("other IPv6 address", ethernet(b.mac, a.mac, IPV6, &udp6(v6("fd88::99"), b.v6, (1, 2), EVIL))),
         (
             "IPv6 address of the gateway",

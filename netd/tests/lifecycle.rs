@@ -334,3 +334,18 @@ fn the_address_of_a_nic_whose_tap_was_removed_by_hand_is_free_again() {
     node.ensure_nic(&heir, false).unwrap();
     assert!(!nft("list table bridge blixard").contains(gone.id.interface()));
 }
+
+#[test]
+fn a_nic_waits_for_a_network_that_lost_its_address() {
+    let Some(node) = alone() else { return };
+    node.ensure_network(&default_network()).unwrap();
+    ip("address flush dev bx-default");
+    let (spec, _) = two_nics();
+    let problem = refused(node.ensure_nic(&spec, false));
+    assert_eq!(problem.kind, ProblemKind::Kernel, "trying again helps: {problem}");
+    node.ensure_network(&default_network()).unwrap();
+    node.ensure_nic(&spec, false).unwrap();
+    let mut taken = default_network();
+    taken.subnets[0].gateway = spec.addresses[0];
+    assert_eq!(refused(node.ensure_network(&taken)).kind, ProblemKind::Conflict);
+}
