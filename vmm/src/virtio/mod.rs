@@ -21,6 +21,7 @@ pub mod queue;
 mod queue_test;
 pub mod rng;
 pub mod socket;
+pub mod transport;
 pub mod turn;
 pub mod vsock;
 pub mod vsock_link;

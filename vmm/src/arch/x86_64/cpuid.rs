@@ -1,0 +1,157 @@
+//! What the guest sees of the processor: KVM's supported set with a few edits.
+//!
+//! The set from `KVM_GET_SUPPORTED_CPUID` says what this host can offer. Edited are: the topology (one package, each vCPU a
+//! core of its own), features that depend on the interrupt controller, and features that would need what is not there.
+
+use kvm_bindings::{CpuId, kvm_cpuid_entry2};
+
+/// `KVM_CPUID_FLAG_SIGNIFCANT_INDEX`.
+const BY_SUBLEAF: u32 = 1;
+
+/// The processor has a TSC-deadline timer (leaf 1 ECX).
+const TSC_DEADLINE: u32 = 1 << 24;
+/// Running under a hypervisor (leaf 1 ECX).
+const HYPERVISOR: u32 = 1 << 31;
+/// More than one logical processor in the package (leaf 1 EDX).
+const HTT: u32 = 1 << 28;
+
+/// Features to hide: leaf, subleaf, register (0 EAX to 3 EDX), bits, reason.
+#[rustfmt::skip]
+const HIDDEN: [(u32, u32, usize, u32, &str); 7] = [
+    (0x1, 0, 2, 1 << 2, "DTES64: no debug store"),
+    (0x1, 0, 2, 1 << 3, "MONITOR: mwait is not given to the guest"),
+    (0x1, 0, 2, 1 << 5, "VMX: no nested guests"),
+    (0x1, 0, 2, 1 << 15, "PDCM: no performance capabilities without counters"),
+    (0x1, 0, 3, 1 << 21, "DS: no debug store"),
+    (0x8000_0001, 0, 2, 1 << 2, "SVM: no nested guests"),
+    (0x8000_0001, 0, 2, 1 << 23 | 1 << 24, "PERFCTR_CORE, PERFCTR_NB: no performance counters"),
+];
+
+/// What all vCPUs have in common.
+#[derive(Debug)]
+pub struct Template {
+    entries: Vec<kvm_cpuid_entry2>,
+    vcpus: u8,
+}
+
+impl Template {
+    /// Edits the set that KVM supports. `tsc_deadline` says whether its local APIC has that timer.
+    pub fn new(supported: &[kvm_cpuid_entry2], vcpus: u8, tsc_deadline: bool) -> Self {
+        let highest = supported.iter().find(|e| e.function == 0).map_or(0, |e| e.eax);
+        let mut entries: Vec<_> = supported
+            .iter()
+            // Topology leaves are written anew. 0x1F describes the same as 0xB; Linux takes 0xB when it is empty.
+            .filter(|e| !matches!(e.function, 0xB | 0x1F))
+            .copied()
+            .collect();
+        for entry in &mut entries {
+            let registers = [&mut entry.eax, &mut entry.ebx, &mut entry.ecx, &mut entry.edx];
+            for (number, register) in registers.into_iter().enumerate() {
+                for (function, index, which, bits, _) in HIDDEN {
+                    if (entry.function, entry.index, number) == (function, index, which) {
+                        *register &= !bits;
+                    }
+                }
+            }
+            // Performance counters tell about neighbours on the same core.
+            if matches!(entry.function, 0xA | 0x8000_0022) {
+                (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0);
+            }
+            if entry.function == 1 {
+                entry.ecx |= HYPERVISOR;
+                entry.ecx = if tsc_deadline { entry.ecx | TSC_DEADLINE } else { entry.ecx & !TSC_DEADLINE };
+            }
+        }
+        if highest >= 0xB {
+            entries.extend([0, 1, 2].map(|index| kvm_cpuid_entry2 {
+                function: 0xB,
+                index,
+                flags: BY_SUBLEAF,
+                ..Default::default()
+            }));
+        }
+        Self { entries, vcpus }
+    }
+
+    /// The set of vCPU `index`.
+    ///
+    /// # Errors
+    /// There are more entries than KVM takes.
+    pub fn for_vcpu(&self, index: u8) -> Result<CpuId, vmm_sys_util::fam::Error> {
+        let mut entries = self.entries.clone();
+        let (count, id) = (u32::from(self.vcpus), u32::from(index));
+        // Bits of the APIC id that number the cores.
+        let bits = count.next_power_of_two().trailing_zeros();
+        for entry in &mut entries {
+            match (entry.function, entry.index) {
+                (0x1, _) => {
+                    entry.ebx = entry.ebx & 0x0000_FFFF | count << 16 | id << 24;
+                    entry.edx = if count > 1 { entry.edx | HTT } else { entry.edx & !HTT };
+                }
+                // Intel's caches: the first two levels belong to one core, the others to all.
+                (0x4, _) if entry.eax & 0x1F != 0 => {
+                    let level = entry.eax >> 5 & 7;
+                    let sharing = if level < 3 { 0 } else { count - 1 };
+                    entry.eax = entry.eax & 0x3FFF | sharing << 14 | (count - 1).min(63) << 26;
+                }
+                (0xB, 0) => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 1, 1 << 8, id),
+                (0xB, 1) => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (bits, count, 2 << 8 | 1, id),
+                (0xB, _) => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 2, id),
+                (0x8000_0008, _) => entry.ecx = bits << 12 | (count - 1),
+                // AMD's caches, as Intel's.
+                (0x8000_001D, _) if entry.eax & 0x1F != 0 => {
+                    let level = entry.eax >> 5 & 7;
+                    let sharing = if level < 3 { 0 } else { count - 1 };
+                    entry.eax = entry.eax & 0x3FFF | sharing << 14;
+                }
+                (0x8000_001E, _) => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (id, id, 0, 0),
+                _ => {}
+            }
+        }
+        CpuId::from_entries(&entries)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn supported() -> Vec<kvm_cpuid_entry2> {
+        let entry = |function, index, all| kvm_cpuid_entry2 {
+            function,
+            index,
+            eax: all,
+            ebx: all,
+            ecx: all,
+            edx: all,
+            ..Default::default()
+        };
+        let mut first = entry(0, 0, 0);
+        first.eax = 0x1F;
+        let rest = [0x1, 0x6, 0xA, 0xB, 0x1F, 0x8000_0001].map(|f| entry(f, 0, u32::MAX));
+        [first].into_iter().chain(rest).collect()
+    }
+
+    fn find(cpuid: &CpuId, function: u32, index: u32) -> kvm_cpuid_entry2 {
+        *cpuid.as_slice().iter().find(|e| (e.function, e.index) == (function, index)).unwrap()
+    }
+
+    #[test]
+    fn each_vcpu_is_a_core_with_its_own_id() {
+        let cpuid = Template::new(&supported(), 6, true).for_vcpu(5).unwrap();
+        assert_eq!(find(&cpuid, 1, 0).ebx >> 16, 5 << 8 | 6);
+        let cores = find(&cpuid, 0xB, 1);
+        assert_eq!((cores.eax, cores.ebx, cores.edx), (3, 6, 5));
+        assert!(!cpuid.as_slice().iter().any(|e| e.function == 0x1F));
+    }
+
+    #[test]
+    fn what_cannot_work_is_hidden() {
+        let cpuid = Template::new(&supported(), 1, false).for_vcpu(0).unwrap();
+        assert_eq!(find(&cpuid, 1, 0).ecx & (TSC_DEADLINE | 1 << 5 | 1 << 3), 0);
+        assert_eq!(find(&cpuid, 1, 0).edx & HTT, 0);
+        assert_eq!(find(&cpuid, 0x8000_0001, 0).ecx & 1 << 2, 0);
+        let counters = find(&cpuid, 0xA, 0);
+        assert_eq!((counters.eax, counters.ebx, counters.ecx, counters.edx), (0, 0, 0, 0));
+    }
+}

@@ -1,0 +1,236 @@
+//! The developer front end: paths on the command line become open descriptors and the same configuration an agent sends.
+
+use std::collections::BTreeMap;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd};
+
+use blixard_vmm::descriptors::Descriptors;
+use blixard_vmm_api::config::{ConsoleConfig, DiskConfig, MacAddr, NicConfig, VsockConfig};
+use blixard_vmm_api::{ExitReason, VmConfig, VmId};
+
+/// What the command line says.
+#[derive(Debug, Default)]
+pub struct Options {
+    kernel: Option<String>,
+    initramfs: Option<String>,
+    cmdline: String,
+    vcpus: u8,
+    memory: u32,
+    disks: Vec<(String, bool)>,
+    taps: Vec<String>,
+    vsock: Option<(String, u32)>,
+    rng: bool,
+    control: Option<String>,
+    boot_timer: bool,
+    no_stdin: bool,
+    log_syscalls: bool,
+}
+
+impl Options {
+    /// Reads the words behind `run`.
+    ///
+    /// # Errors
+    /// The word that is wrong, and why.
+    pub fn parse(words: &[&str]) -> Result<Self, String> {
+        let cmdline = "console=ttyS0 reboot=k panic=-1".to_owned();
+        let mut options = Self { vcpus: 1, memory: 128, cmdline, ..Self::default() };
+        let mut words = words.iter();
+        while let Some(word) = words.next() {
+            let mut value = || words.next().map(|w| (*w).to_owned()).ok_or(format!("{word}: value is missing"));
+            match *word {
+                "--kernel" => options.kernel = Some(value()?),
+                "--initramfs" => options.initramfs = Some(value()?),
+                "--cmdline" => options.cmdline = value()?,
+                "--vcpus" => options.vcpus = number(word, &value()?)?,
+                "--memory" => options.memory = number(word, &value()?)?,
+                "--disk" => {
+                    let disk = value()?;
+                    let read_only = disk.strip_suffix(",ro");
+                    options.disks.push((read_only.unwrap_or(&disk).to_owned(), read_only.is_some()));
+                }
+                "--tap" => options.taps.push(value()?),
+                "--vsock" => {
+                    let text = value()?;
+                    let (path, cid) = text.rsplit_once(',').ok_or(format!("{word}: PATH,CID is needed"))?;
+                    options.vsock = Some((path.to_owned(), number(word, cid)?));
+                }
+                "--rng" => options.rng = true,
+                "--control" => options.control = Some(value()?),
+                "--boot-timer" => options.boot_timer = true,
+                "--no-stdin" => options.no_stdin = true,
+                "--log-syscalls" => options.log_syscalls = true,
+                _ => return Err(format!("{word}: no such option")),
+            }
+        }
+        if options.kernel.is_none() { Err("--kernel is missing".into()) } else { Ok(options) }
+    }
+
+    /// Whether what is typed goes to the guest.
+    pub fn reads_stdin(&self) -> bool {
+        !self.no_stdin
+    }
+
+    /// Whether forbidden system calls are only logged.
+    pub fn log_syscalls(&self) -> bool {
+        self.log_syscalls
+    }
+
+    /// Opens everything.
+    ///
+    /// # Errors
+    /// What cannot be opened, or is refused by the configuration.
+    pub fn open(&self) -> Result<(VmConfig, Descriptors), ExitReason> {
+        let mut opened = Opened::default();
+        if self.no_stdin {
+            let null = open("/dev/null", true)?;
+            // SAFETY: both descriptors are open; standard input then refers to /dev/null.
+            unsafe { libc::dup2(null.as_raw_fd(), libc::STDIN_FILENO) };
+        }
+        let kvm = open("/dev/kvm", false).map_err(|reason| match reason {
+            ExitReason::BadConfig { detail } => ExitReason::HostProblem { detail },
+            other => other,
+        })?;
+        let mut config = VmConfig {
+            vm: VmId::from_u128(1),
+            vcpus: self.vcpus,
+            memory_mib: self.memory,
+            kvm: opened.keep("kvm", kvm),
+            kernel: opened.keep("kernel", open(self.kernel.as_deref().unwrap_or_default(), true)?),
+            initramfs: None,
+            cmdline: self.cmdline.clone(),
+            guest: None,
+            disks: vec![],
+            nics: vec![],
+            vsock: None,
+            rng: self.rng,
+            console: ConsoleConfig { stdio: true, ..ConsoleConfig::default() },
+            control: None,
+            exit_record: None,
+            boot_timer: self.boot_timer,
+            descriptors: BTreeMap::new(),
+        };
+        if let Some(path) = &self.initramfs {
+            config.initramfs = Some(opened.keep("initramfs", open(path, true)?));
+        }
+        for (number, (path, read_only)) in self.disks.iter().enumerate() {
+            let backing = opened.keep(&format!("disk{number}"), open(path, *read_only)?);
+            config.disks.push(DiskConfig { id: format!("disk{number}"), backing, read_only: *read_only });
+        }
+        for (number, name) in (0u8..).zip(&self.taps) {
+            let tap = tap(name).map_err(|error| host(&format!("--tap {name}"), &error))?;
+            config.nics.push(NicConfig {
+                id: format!("nic{number}"),
+                tap: opened.keep(&format!("tap{number}"), tap),
+                mac: MacAddr([0x52, 0x54, 0, 0, 0, number]),
+                mtu: 1500,
+            });
+        }
+        if let Some((path, cid)) = &self.vsock {
+            let listener = listen(path, libc::SOCK_STREAM).map_err(|e| host(&format!("--vsock {path}"), &e))?;
+            config.vsock = Some(VsockConfig { cid: *cid, listener: opened.keep("vsock", listener) });
+        }
+        if let Some(path) = &self.control {
+            let listener = listen(path, libc::SOCK_SEQPACKET).map_err(|e| host(&format!("--control {path}"), &e))?;
+            config.control = Some(opened.keep("control", listener));
+        }
+        config.descriptors = opened.numbers();
+        config.validate().map_err(|error| ExitReason::BadConfig { detail: error.to_string() })?;
+        // SAFETY: `opened` gave up ownership of these descriptors, which are distinct.
+        let given = unsafe { Descriptors::inherit(&config.descriptors) };
+        given
+            .map(|given| (config, given))
+            .map_err(|error| ExitReason::Internal { detail: blixard_vmm::chain(&error) })
+    }
+}
+
+fn number<N: std::str::FromStr>(word: &str, text: &str) -> Result<N, String> {
+    text.parse().map_err(|_| format!("{word}: {text} is no number that is possible here"))
+}
+
+fn host(what: &str, error: &io::Error) -> ExitReason {
+    ExitReason::HostProblem { detail: format!("{what}: {error}") }
+}
+
+/// What was opened, by name.
+#[derive(Default)]
+struct Opened(BTreeMap<String, OwnedFd>);
+
+impl Opened {
+    fn keep(&mut self, name: &str, fd: OwnedFd) -> String {
+        self.0.insert(name.to_owned(), fd);
+        name.to_owned()
+    }
+
+    /// Gives ownership up to whoever takes the numbers.
+    fn numbers(self) -> BTreeMap<String, i32> {
+        self.0.into_iter().map(|(name, fd)| (name, fd.into_raw_fd())).collect()
+    }
+}
+
+fn open(path: &str, read_only: bool) -> Result<OwnedFd, ExitReason> {
+    let opened: io::Result<File> = OpenOptions::new().read(true).write(!read_only).open(path);
+    opened.map(OwnedFd::from).map_err(|error| ExitReason::BadConfig { detail: format!("{path}: {error}") })
+}
+
+/// A listening Unix socket of this kind. What an earlier run left at the path is replaced.
+fn listen(path: &str, kind: i32) -> io::Result<OwnedFd> {
+    use std::os::fd::FromRawFd;
+    let mut address = libc::sockaddr_un { sun_family: 1, sun_path: [0; 108] };
+    if path.len() >= address.sun_path.len() {
+        return Err(io::ErrorKind::InvalidFilename.into());
+    }
+    for (to, from) in address.sun_path.iter_mut().zip(path.bytes()) {
+        *to = from.cast_signed();
+    }
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    // SAFETY: no pointers are involved.
+    let fd = unsafe { libc::socket(libc::AF_UNIX, kind | libc::SOCK_CLOEXEC, 0) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor was just made and nobody else owns it.
+    let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+    let size = libc::socklen_t::try_from(size_of::<libc::sockaddr_un>()).unwrap_or(0);
+    // SAFETY: the pointer is to an address of that size.
+    if unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), size) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: no pointers are involved.
+    if unsafe { libc::listen(socket.as_raw_fd(), 16) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(socket)
+}
+
+/// A queue of the TAP `name`.
+fn tap(name: &str) -> io::Result<OwnedFd> {
+    const TUNSETIFF: libc::c_int = 0x4004_54CA;
+    const TUNSETVNETHDRSZ: libc::c_int = 0x4004_54D8;
+    /// Frames, no packet information, virtio-net header.
+    const FLAGS: u16 = 0x0002 | 0x1000 | 0x4000;
+    let file = OpenOptions::new().read(true).write(true).open("/dev/net/tun")?;
+    let mut request = [0u8; 40];
+    if name.len() >= 16 {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    for (to, from) in request.iter_mut().zip(name.bytes()) {
+        *to = from;
+    }
+    for (to, from) in request.iter_mut().skip(16).zip(FLAGS.to_le_bytes()) {
+        *to = from;
+    }
+    // SAFETY: the pointer is to 40 bytes, the size of an ifreq.
+    if unsafe { libc::ioctl(file.as_raw_fd(), TUNSETIFF, request.as_mut_ptr()) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let header: libc::c_int = 12;
+    // SAFETY: the pointer is to an int.
+    if unsafe { libc::ioctl(file.as_raw_fd(), TUNSETVNETHDRSZ, &raw const header) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(file.into())
+}

@@ -1,0 +1,114 @@
+//! The VM in the kernel, from the passed descriptor of `/dev/kvm`.
+//!
+//! The order of calls matters more than anything else at start: the split interrupt controller and memory slots come
+//! first and there is no PIT. After `KVM_CREATE_IRQCHIP` or `KVM_CREATE_PIT2` a new memory slot waits for milliseconds.
+
+use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+use std::sync::Arc;
+
+use kvm_bindings::{
+    KVM_API_VERSION, KVM_CAP_SPLIT_IRQCHIP, KVM_MAX_CPUID_ENTRIES, kvm_enable_cap,
+    kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+
+use crate::arch::x86_64::cpuid::Template;
+use crate::layout::{IOAPIC_PINS, KVM_TSS};
+use crate::virtio::device::GuestMemory;
+
+/// Why the kernel does not give us a VM.
+#[derive(Debug, thiserror::Error)]
+pub enum KvmError {
+    /// Not `/dev/kvm`, or one of another age.
+    #[error("kvm: the descriptor answers API version {0}, {KVM_API_VERSION} is needed: is it /dev/kvm?")]
+    Version(i32),
+    /// A call failed.
+    #[error("kvm: {call}")]
+    Call {
+        /// Which.
+        call: &'static str,
+        /// The system's answer.
+        #[source]
+        source: kvm_ioctls::Error,
+    },
+}
+
+fn failed(call: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> KvmError {
+    move |source| KvmError::Call { call, source }
+}
+
+/// A VM without vCPUs.
+pub struct Vm {
+    kvm: Kvm,
+    fd: Arc<VmFd>,
+}
+
+impl Vm {
+    /// Makes a VM with local APICs in the kernel and the I/O APIC left to us.
+    ///
+    /// # Errors
+    /// The descriptor is not `/dev/kvm`, or the kernel lacks something.
+    pub fn new(kvm: OwnedFd) -> Result<Self, KvmError> {
+        // SAFETY: ownership of the descriptor moves from `kvm` to the new value.
+        let kvm = unsafe { Kvm::from_raw_fd(kvm.into_raw_fd()) };
+        let version = kvm.get_api_version();
+        if u32::try_from(version) != Ok(KVM_API_VERSION) {
+            return Err(KvmError::Version(version));
+        }
+        let fd = kvm.create_vm().map_err(failed("KVM_CREATE_VM"))?;
+        let pins = kvm_enable_cap {
+            cap: KVM_CAP_SPLIT_IRQCHIP,
+            args: [IOAPIC_PINS.into(), 0, 0, 0],
+            ..Default::default()
+        };
+        fd.enable_cap(&pins).map_err(failed("enable KVM_CAP_SPLIT_IRQCHIP"))?;
+        fd.set_tss_address(KVM_TSS).map_err(failed("KVM_SET_TSS_ADDR"))?;
+        Ok(Self { kvm, fd: Arc::new(fd) })
+    }
+
+    /// The VM's descriptor, for interrupts and I/O events.
+    pub fn fd(&self) -> &Arc<VmFd> {
+        &self.fd
+    }
+
+    /// Gives the VM its memory. To be called before vCPUs exist.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn add_memory(&self, memory: &GuestMemory) -> Result<(), KvmError> {
+        for (slot, region) in (0..).zip(memory.iter()) {
+            let slot = kvm_userspace_memory_region {
+                slot,
+                flags: 0,
+                guest_phys_addr: region.start_addr().0,
+                memory_size: region.len(),
+                // An address is a number here; the lossless conversion has no safe name.
+                userspace_addr: region.get_mmap().as_ptr().addr() as u64,
+            };
+            // SAFETY: the range is the whole mapping of `region`, which the caller keeps for the life of the process:
+            // `GuestMemory` is shared by everything that runs until exit. Slots do not overlap, since regions do not.
+            unsafe { self.fd.set_user_memory_region(slot) }.map_err(failed("KVM_SET_USER_MEMORY_REGION"))?;
+        }
+        Ok(())
+    }
+
+    /// What this host can show its guests of the processor.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn cpuid(&self, vcpus: u8) -> Result<Template, KvmError> {
+        let supported =
+            self.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(failed("KVM_GET_SUPPORTED_CPUID"))?;
+        let deadline = self.fd.check_extension(Cap::TscDeadlineTimer);
+        Ok(Template::new(supported.as_slice(), vcpus, deadline))
+    }
+
+    /// Makes vCPU `index`.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn create_vcpu(&self, index: u8) -> Result<VcpuFd, KvmError> {
+        self.fd.create_vcpu(index.into()).map_err(failed("KVM_CREATE_VCPU"))
+    }
+}

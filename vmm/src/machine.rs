@@ -1,0 +1,360 @@
+//! From a configuration to a running VM in three steps, each consuming the one before.
+//!
+//! ```text
+//!   Assembled ── load() ──► Loaded ── start() ──► Running ── run() ──► ExitReason
+//!   VM, memory, vCPUs,      kernel, initramfs,    vCPU threads held,
+//!   devices                 boot structures       filters on
+//! ```
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::sync::Arc;
+
+use blixard_vmm_api::config::{ConfigError, VCPUS_MAX};
+use blixard_vmm_api::guest::LinkRecord;
+use blixard_vmm_api::{ExitReason, VmConfig};
+use kvm_ioctls::VcpuFd;
+
+use crate::arch::x86_64::cpuid::Template;
+use crate::arch::x86_64::registers::Entry;
+use crate::boot::{self, BootError};
+use crate::bus::Bus;
+use crate::control::Control;
+use crate::descriptors::{DescriptorError, Descriptors};
+use crate::devices::console::Console;
+use crate::devices::ioapic::IoApic;
+use crate::devices::serial::Serial;
+use crate::interrupt::Routes;
+use crate::kvm::{KvmError, Vm};
+use crate::mailbox::Mailbox;
+use crate::memory::{self, MemoryError};
+use crate::pci::{FUNCTIONS_MAX, Function, Root};
+use crate::poll::Poll;
+use crate::sandbox::{self, SandboxError};
+use crate::times::Times;
+use crate::vcpu::{self, VcpuError, Vcpus};
+use crate::virtio::block::{Block, BlockError};
+use crate::virtio::device::{Device, GuestMemory};
+use crate::virtio::net::{Net, NetError};
+use crate::virtio::rng::{Rng, RngError};
+use crate::virtio::transport::{Transport, first_bar};
+use crate::virtio::vsock::{Vsock, VsockError};
+use crate::worker::{AskStop, Guest, Parts, Slot, Worker};
+
+/// Why a VM does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The configuration is refused.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// A descriptor is not what the configuration says.
+    #[error(transparent)]
+    Descriptor(#[from] DescriptorError),
+    /// The kernel gives no VM.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// There is no memory for it.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// Kernel or initramfs is refused.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// A disk is refused.
+    #[error("disks.{id}")]
+    Block {
+        /// Its name.
+        id: String,
+        /// What is wrong with it.
+        #[source]
+        source: BlockError,
+    },
+    /// A nic is refused.
+    #[error("nics.{id}")]
+    Net {
+        /// Its name.
+        id: String,
+        /// What is wrong with it.
+        #[source]
+        source: NetError,
+    },
+    /// The vsock device is refused.
+    #[error("vsock")]
+    Vsock(#[source] VsockError),
+    /// The entropy device cannot be made.
+    #[error("rng")]
+    Rng(#[source] RngError),
+    /// More devices than the bus has places.
+    #[error("{0} devices, {FUNCTIONS_MAX} are possible")]
+    TooManyDevices(usize),
+    /// A vCPU does not start.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+    /// A filter cannot be applied.
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
+    /// The console, the control socket or the loop cannot be set up.
+    #[error("{what}")]
+    Set {
+        /// What.
+        what: &'static str,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl StartError {
+    /// What the process tells its parent.
+    pub fn exit_reason(&self) -> ExitReason {
+        let detail = crate::chain(self);
+        match self {
+            Self::Config(_)
+            | Self::Descriptor(_)
+            | Self::Boot(_)
+            | Self::Block { .. }
+            | Self::Net { .. }
+            | Self::Vsock(_)
+            | Self::TooManyDevices(_) => ExitReason::BadConfig { detail },
+            Self::Kvm(_)
+            | Self::Memory(_)
+            | Self::Rng(_)
+            | Self::Vcpu(_)
+            | Self::Sandbox(_)
+            | Self::Set { .. } => ExitReason::HostProblem { detail },
+        }
+    }
+}
+
+fn set(what: &'static str) -> impl FnOnce(io::Error) -> StartError {
+    move |source| StartError::Set { what, source }
+}
+
+/// A machine without a kernel.
+pub struct Assembled<'a> {
+    config: &'a VmConfig,
+    kernel: File,
+    initramfs: Option<File>,
+    template: Template,
+    vcpus: Vec<VcpuFd>,
+    memory: GuestMemory,
+    bus: Arc<Bus>,
+    poll: Poll,
+    console: Console,
+    control: Option<Control>,
+    slots: Vec<Slot>,
+    guest: Guest,
+    ask_stop: Option<AskStop>,
+}
+
+/// A machine with a kernel in memory.
+pub struct Loaded<'a> {
+    assembled: Assembled<'a>,
+    entry: Entry,
+}
+
+/// A machine whose vCPUs wait to be let go.
+pub struct Running {
+    worker: Worker,
+    guest: Guest,
+}
+
+/// Devices and their names, in the order in which the guest finds them, and how to ask the guest to stop.
+type Devices = (Vec<(String, Box<dyn Device>)>, Option<AskStop>);
+
+impl<'a> Assembled<'a> {
+    /// Makes VM, memory, vCPUs and devices. The order of the KVM calls is the one that does not wait: see [`crate::kvm`].
+    ///
+    /// # Errors
+    /// The configuration is refused or the host lacks something.
+    pub fn new(config: &'a VmConfig, mut given: Descriptors, times: Arc<Times>) -> Result<Self, StartError> {
+        let vm = Vm::new(given.take(&config.kvm)?)?;
+        let memory = memory::create(config.memory_mib)?;
+        vm.add_memory(&memory)?;
+        let template = vm.cpuid(config.vcpus)?;
+        let vcpus: Result<Vec<VcpuFd>, KvmError> =
+            (0..config.vcpus.min(VCPUS_MAX)).map(|index| vm.create_vcpu(index)).collect();
+        let vcpus = vcpus?;
+
+        let mailbox = Arc::new(Mailbox::new().map_err(set("mailbox"))?);
+        let ioapic = Arc::new(IoApic::new(vm.fd().clone()));
+        let serial = Arc::new(Serial::new(ioapic.clone(), mailbox.clone(), times.clone()));
+        let mut poll = Poll::new().map_err(set("epoll"))?;
+        let console = console(config, &mut given, serial.clone(), &mut poll)?;
+        let control = match &config.control {
+            Some(name) => Some(Control::new(given.take(name)?, &mut poll).map_err(set("control socket"))?),
+            None => None,
+        };
+        let guest = Guest::default();
+        let (devices, ask_stop) = devices(config, &mut given, &guest, &times)?;
+        let slots = slots(devices, &vm, &memory, &mailbox)?;
+        let functions = slots.iter().map(|slot| slot.transport.clone() as Arc<dyn Function>).collect();
+        let pci = Arc::new(Root::new(functions));
+        let bus = Arc::new(Bus { serial, ioapic, pci, times, mailbox, boot_timer: config.boot_timer });
+        let kernel = given.take(&config.kernel)?.into();
+        let initramfs = config.initramfs.as_ref().map(|name| given.take(name)).transpose()?.map(File::from);
+        Ok(Self {
+            config,
+            kernel,
+            initramfs,
+            template,
+            vcpus,
+            memory,
+            bus,
+            poll,
+            console,
+            control,
+            slots,
+            guest,
+            ask_stop,
+        })
+    }
+
+    /// Loads kernel, initramfs and boot structures.
+    ///
+    /// # Errors
+    /// They are refused or do not fit.
+    pub fn load(self) -> Result<Loaded<'a>, StartError> {
+        let entry = boot::load(&self.memory, self.config, &self.kernel, self.initramfs.as_ref())?;
+        Ok(Loaded { assembled: self, entry })
+    }
+}
+
+impl Loaded<'_> {
+    /// Starts the vCPU threads, held, and puts the filters on. With `log_only` filters only log.
+    ///
+    /// # Errors
+    /// The host refuses threads or filters.
+    pub fn start(self, log_only: bool) -> Result<Running, StartError> {
+        let Self { assembled, entry } = self;
+        let Assembled { config, template, vcpus, memory, bus, poll, console, control, slots, guest, .. } =
+            assembled;
+        let ask_stop = assembled.ask_stop;
+        let signals = block_signals().map_err(set("signals"))?;
+        vcpu::catch_kicks()?;
+        let vcpus = Vcpus::start(vcpus, template, entry, &bus, log_only)?;
+        let parts = Parts {
+            vm: config.vm,
+            poll,
+            console,
+            control,
+            signals,
+            vcpus,
+            slots,
+            memory,
+            bus,
+            guest: guest.clone(),
+            ask_stop,
+        };
+        let worker = Worker::new(parts).map_err(set("I/O loop"))?;
+        sandbox::enter_io(log_only)?;
+        Ok(Running { worker, guest })
+    }
+}
+
+impl Running {
+    /// Runs the guest until it ends.
+    pub fn run(&mut self) -> ExitReason {
+        self.worker.run()
+    }
+
+    /// What the guest's init told.
+    pub fn guest(&self) -> &Guest {
+        &self.guest
+    }
+}
+
+fn console(
+    config: &VmConfig,
+    given: &mut Descriptors,
+    serial: Arc<Serial>,
+    poll: &mut Poll,
+) -> Result<Console, StartError> {
+    let mut console = Console::new(serial);
+    if let Some(name) = &config.console.log {
+        let file = File::from(given.take(name)?);
+        console.log_to(file, config.console.log_bytes_max).map_err(set("console.log"))?;
+    }
+    if let Some(name) = &config.console.listener {
+        console.listen(given.take(name)?, poll).map_err(set("console.listener"))?;
+    }
+    if config.console.stdio {
+        console.use_stdio(poll);
+    }
+    Ok(console)
+}
+
+fn devices(
+    config: &VmConfig,
+    given: &mut Descriptors,
+    guest: &Guest,
+    times: &Arc<Times>,
+) -> Result<Devices, StartError> {
+    let mut devices: Vec<(String, Box<dyn Device>)> = vec![];
+    for disk in &config.disks {
+        let refused = |source| StartError::Block { id: disk.id.clone(), source };
+        let block = Block::new(&disk.id, given.take(&disk.backing)?, disk.read_only).map_err(refused)?;
+        devices.push((format!("blk.{}", disk.id), Box::new(block)));
+    }
+    for nic in &config.nics {
+        let refused = |source| StartError::Net { id: nic.id.clone(), source };
+        let net = Net::new(given.take(&nic.tap)?, nic.mac, nic.mtu).map_err(refused)?;
+        devices.push((format!("net.{}", nic.id), Box::new(net)));
+    }
+    let mut ask_stop: Option<AskStop> = None;
+    if let Some(vsock) = &config.vsock {
+        let (guest, times) = (guest.clone(), times.clone());
+        let on_link = Box::new(move |record| guest.on_record(record, &times));
+        let made = Vsock::new(vsock.cid, given.take(&vsock.listener)?, on_link);
+        let (device, sender) = made.map_err(StartError::Vsock)?;
+        devices.push(("vsock".into(), Box::new(device)));
+        ask_stop = Some(Box::new(move || sender.send(LinkRecord::Stop)));
+    }
+    if config.rng {
+        devices.push(("rng".into(), Box::new(Rng::new().map_err(StartError::Rng)?)));
+    }
+    Ok((devices, ask_stop))
+}
+
+fn slots(
+    devices: Vec<(String, Box<dyn Device>)>,
+    vm: &Vm,
+    memory: &GuestMemory,
+    mailbox: &Arc<Mailbox>,
+) -> Result<Vec<Slot>, StartError> {
+    if devices.len() > FUNCTIONS_MAX {
+        return Err(StartError::TooManyDevices(devices.len()));
+    }
+    let routes = Arc::new(Routes::new(vm.fd().clone()));
+    let slot = |(index, (name, device)): (usize, (String, Box<dyn Device>))| {
+        let kernel = Some(vm.fd().clone());
+        let (bar, mailbox) = (first_bar(index), mailbox.clone());
+        let transport = Transport::new(index, device.as_ref(), memory, bar, routes.clone(), mailbox, kernel);
+        Slot { name, device, transport: Arc::new(transport), active: false }
+    };
+    Ok(devices.into_iter().enumerate().map(slot).collect())
+}
+
+/// SIGTERM and SIGINT come by descriptor, so that they end the VM in order.
+fn block_signals() -> io::Result<OwnedFd> {
+    let mut set = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
+    // SAFETY: the pointer is to memory of the right size, which the call fills.
+    unsafe { libc::sigemptyset(set.as_mut_ptr()) };
+    // SAFETY: the call above filled it.
+    let mut set = unsafe { set.assume_init() };
+    for signal in [libc::SIGTERM, libc::SIGINT] {
+        // SAFETY: the set is initialised and the signal exists.
+        unsafe { libc::sigaddset(&raw mut set, signal) };
+    }
+    // SAFETY: the set is initialised; the old mask is not wanted. Threads made later inherit the mask.
+    if unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the set is initialised; -1 asks for a new descriptor.
+    let fd = unsafe { libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor was just made and nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}

@@ -1,0 +1,176 @@
+//! `blixard-vmm`: one process, one VM. Takes inherited descriptors, builds, boots, enters the sandbox, exits with a reason.
+
+mod front_end;
+mod terminal;
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{FromRawFd, RawFd};
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use blixard_vmm::descriptors::Descriptors;
+use blixard_vmm::machine::{Assembled, StartError};
+use blixard_vmm::times::{Moment, Times};
+use blixard_vmm_api::config::CONFIG_BYTES_MAX;
+use blixard_vmm_api::exit::ExitRecord;
+use blixard_vmm_api::{ExitReason, VmConfig};
+
+/// What the command line asks for.
+enum Command {
+    /// Run the VM whose configuration is in this descriptor.
+    Config(RawFd),
+    /// Run the VM that was described by paths.
+    Run(Box<front_end::Options>),
+    /// Tell what guests this machine can run.
+    Probe {
+        /// As JSON.
+        json: bool,
+    },
+    /// Tell how this program is used.
+    Help,
+}
+
+const USAGE: &str = "\
+blixard-vmm --config-fd N        run the VM whose configuration (JSON) is in descriptor N
+blixard-vmm run --kernel PATH    run a VM on this terminal; all paths are opened before the sandbox
+    [--initramfs PATH] [--cmdline TEXT] [--vcpus N] [--memory MIB]
+    [--disk PATH[,ro]]... [--tap NAME]... [--vsock PATH,CID] [--rng]
+    [--control PATH] [--boot-timer] [--no-stdin] [--log-syscalls]
+blixard-vmm probe [--json]       tell which guests /dev/kvm of this machine can run
+";
+
+fn main() -> ExitCode {
+    let times = Arc::new(Times::default());
+    times.note(Moment::ProcessStart);
+    let arguments: Vec<String> = std::env::args_os().skip(1).map(|a| a.to_string_lossy().into_owned()).collect();
+    let code = match parse(&arguments) {
+        Ok(Command::Config(fd)) => finish(None, run_config(fd, times)),
+        Ok(Command::Run(options)) => run_options(&options, times),
+        Ok(Command::Probe { json }) => probe(json),
+        Ok(Command::Help) => {
+            say(&mut io::stdout(), USAGE);
+            0
+        }
+        Err(problem) => {
+            say(&mut io::stderr(), &format!("blixard-vmm: {problem}\n{USAGE}"));
+            2
+        }
+    };
+    ExitCode::from(code)
+}
+
+fn parse(arguments: &[String]) -> Result<Command, String> {
+    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    match words.as_slice() {
+        ["--config-fd", number] => match number.parse::<RawFd>() {
+            Ok(fd) if fd > 2 => Ok(Command::Config(fd)),
+            _ => Err(format!("--config-fd: {number} is no inherited descriptor")),
+        },
+        ["run", rest @ ..] => Ok(Command::Run(Box::new(front_end::Options::parse(rest)?))),
+        ["probe"] => Ok(Command::Probe { json: false }),
+        ["probe", "--json"] => Ok(Command::Probe { json: true }),
+        ["--help" | "-h" | "help"] | [] => Ok(Command::Help),
+        [first, ..] => Err(format!("{first}: no such command or option")),
+    }
+}
+
+/// Writes text for people; that nobody reads it is no reason to fail.
+fn say(to: &mut dyn Write, text: &str) {
+    let _ = to.write_all(text.as_bytes());
+}
+
+/// What is left of a VM: why it ended, and what is written to its exit record.
+struct End {
+    record: Option<(File, VmConfig)>,
+    reason: ExitReason,
+    workload: Option<blixard_vmm_api::guest::WorkloadExit>,
+    guest_problem: Option<String>,
+}
+
+impl End {
+    fn refused(reason: ExitReason) -> Self {
+        Self { record: None, reason, workload: None, guest_problem: None }
+    }
+}
+
+fn run_config(fd: RawFd, times: Arc<Times>) -> End {
+    match read_config(fd) {
+        // SAFETY: the numbers come from whoever made this process and handed the descriptors over; they are distinct
+        // and above the standard streams (validated), and nothing else here owns them.
+        Ok(config) => match unsafe { Descriptors::inherit(&config.descriptors) } {
+            Ok(given) => run(config, given, times, false),
+            Err(error) => End::refused(StartError::from(error).exit_reason()),
+        },
+        Err(detail) => End::refused(ExitReason::BadConfig { detail }),
+    }
+}
+
+fn read_config(fd: RawFd) -> Result<VmConfig, String> {
+    // SAFETY: no pointers are involved.
+    if unsafe { libc::fcntl(fd, libc::F_GETFD) } < 0 {
+        return Err(format!("configuration: descriptor {fd}: {}", io::Error::last_os_error()));
+    }
+    // SAFETY: it is open, and the command line gave it to us.
+    let file = unsafe { File::from_raw_fd(fd) };
+    let limit = u64::try_from(CONFIG_BYTES_MAX).unwrap_or(u64::MAX);
+    let mut text = vec![];
+    file.take(limit + 1).read_to_end(&mut text).map_err(|error| format!("configuration: {error}"))?;
+    if text.len() > CONFIG_BYTES_MAX {
+        return Err(format!("configuration: longer than {CONFIG_BYTES_MAX} bytes"));
+    }
+    let config: VmConfig = serde_json::from_slice(&text).map_err(|error| format!("configuration: {error}"))?;
+    config.validate().map_err(|error| error.to_string())?;
+    if config.descriptors.values().any(|number| *number == fd) {
+        return Err(format!("descriptors: {fd} is the configuration itself"));
+    }
+    Ok(config)
+}
+
+fn run(config: VmConfig, mut given: Descriptors, times: Arc<Times>, log_only: bool) -> End {
+    let record = config.exit_record.as_ref().and_then(|name| given.take(name).ok()).map(File::from);
+    let started = Assembled::new(&config, given, times).and_then(Assembled::load).and_then(|l| l.start(log_only));
+    let (reason, (workload, guest_problem)) = match started {
+        Ok(mut running) => (running.run(), running.guest().outcome()),
+        Err(error) => (error.exit_reason(), (None, None)),
+    };
+    End { record: record.map(|file| (file, config)), reason, workload, guest_problem }
+}
+
+fn run_options(options: &front_end::Options, times: Arc<Times>) -> u8 {
+    match options.open() {
+        Ok((config, given)) => {
+            let terminal = terminal::Raw::enter(options.reads_stdin());
+            finish(terminal, run(config, given, times, options.log_syscalls()))
+        }
+        Err(reason) => finish(None, End::refused(reason)),
+    }
+}
+
+/// Writes the exit record, tells people why, and answers the exit code.
+fn finish(terminal: Option<terminal::Raw>, end: End) -> u8 {
+    let End { record, reason, workload, guest_problem } = end;
+    drop(terminal);
+    if let Some((mut file, config)) = record {
+        let record = ExitRecord { vm: config.vm, reason: reason.clone(), workload, guest_problem };
+        let written = serde_json::to_vec(&record).map_err(io::Error::other).and_then(|text| file.write_all(&text));
+        if let Err(error) = written {
+            say(&mut io::stderr(), &format!("blixard-vmm: exit record: {error}\n"));
+        }
+    }
+    if !matches!(reason, ExitReason::PowerOff | ExitReason::Reset | ExitReason::Killed) {
+        say(&mut io::stderr(), &format!("blixard-vmm: {reason}\n"));
+    }
+    reason.code()
+}
+
+fn probe(json: bool) -> u8 {
+    let answer = blixard_vmm::probe::probe();
+    let text = if json {
+        serde_json::to_string(&answer).unwrap_or_default()
+    } else {
+        answer.to_string()
+    };
+    say(&mut io::stdout(), &format!("{text}\n"));
+    0
+}

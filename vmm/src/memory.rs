@@ -1,0 +1,192 @@
+//! Guest memory: one memfd, mapped as one region below 3 GiB and one above 4 GiB.
+//!
+//! Nothing is touched or allocated in proportion to its size; pages appear when somebody writes to them.
+
+use std::ffi::CStr;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd};
+
+use vm_memory::{
+    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap, GuestRegionMmap,
+    MmapRegion,
+};
+
+use crate::layout::{HIGH_RAM_START, LOW_RAM, MIB};
+use crate::virtio::device::GuestMemory;
+
+const NAME: &CStr = c"guest-memory";
+
+/// Why guest memory cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// More than the host has.
+    #[error("memory_mib: {asked} MiB asked for, the host has {host} MiB")]
+    MoreThanHost {
+        /// What was asked for, in MiB.
+        asked: u32,
+        /// All memory of the host, in MiB.
+        host: u64,
+    },
+    /// The memory file cannot be made.
+    #[error("create memory file")]
+    Create(#[source] io::Error),
+    /// The memory file cannot be mapped.
+    #[error("map {mib} MiB of guest memory")]
+    Map {
+        /// Size, in MiB.
+        mib: u32,
+        /// The system's answer.
+        #[source]
+        source: vm_memory::mmap::MmapRegionError,
+    },
+    /// The regions do not form a memory.
+    #[error("arrange guest memory")]
+    Arrange(#[source] vm_memory::GuestRegionCollectionError),
+}
+
+/// Why a file cannot be read into guest memory.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// The target is not all memory.
+    #[error("guest address")]
+    Address(#[source] GuestMemoryError),
+    /// The file cannot be read.
+    #[error("read")]
+    Read(#[source] io::Error),
+    /// The file is shorter than it says.
+    #[error("the file ends {missing} bytes too early")]
+    Truncated {
+        /// How many bytes are missing.
+        missing: usize,
+    },
+}
+
+/// Makes `mib` MiB of guest memory.
+///
+/// # Errors
+/// It is more than the host has, or the system refuses.
+pub fn create(mib: u32) -> Result<GuestMemory, MemoryError> {
+    let host = host_memory().map_err(MemoryError::Create)? / MIB;
+    if u64::from(mib) > host {
+        return Err(MemoryError::MoreThanHost { asked: mib, host });
+    }
+    let size = u64::from(mib) * MIB;
+    let file = memory_file(size).map_err(MemoryError::Create)?;
+    let low = size.min(LOW_RAM.size);
+    let mut regions = vec![region(FileOffset::new(file, 0), low, LOW_RAM.start, mib)?];
+    if size > low {
+        let file = regions.first().and_then(|r| r.get_mmap().file_offset().map(|f| f.arc().clone()));
+        let file = file.ok_or_else(|| MemoryError::Create(io::Error::other("no memory file")))?;
+        regions.push(region(FileOffset::from_arc(file, low), size - low, HIGH_RAM_START, mib)?);
+    }
+    GuestMemoryMmap::from_regions(regions).map_err(MemoryError::Arrange)
+}
+
+fn region(file: FileOffset, size: u64, start: u64, mib: u32) -> Result<GuestRegionMmap, MemoryError> {
+    let length = usize::try_from(size).map_err(|e| MemoryError::Create(io::Error::other(e)))?;
+    let mapping = MmapRegion::from_file(file, length).map_err(|source| MemoryError::Map { mib, source })?;
+    GuestRegionMmap::new(mapping, GuestAddress(start))
+        .ok_or_else(|| MemoryError::Create(io::Error::other("guest address overflows")))
+}
+
+fn memory_file(size: u64) -> io::Result<File> {
+    // SAFETY: the name is a NUL-terminated string; the call has no other precondition.
+    let fd = unsafe { libc::memfd_create(NAME.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: `fd` was just made and nobody else owns it.
+    let file = unsafe { File::from_raw_fd(fd) };
+    file.set_len(size)?;
+    // Without this a holder of the descriptor could shrink the file and so kill the VMM by SIGBUS.
+    let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW;
+    // SAFETY: an fcntl on a descriptor that we own, with an integer argument.
+    match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) } {
+        0 => Ok(file),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+fn host_memory() -> io::Result<u64> {
+    let mut info = std::mem::MaybeUninit::<libc::sysinfo>::uninit();
+    // SAFETY: the pointer is to memory large enough for the structure.
+    if unsafe { libc::sysinfo(info.as_mut_ptr()) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the call succeeded, so the kernel filled the structure.
+    let info = unsafe { info.assume_init() };
+    Ok(info.totalram.saturating_mul(u64::from(info.mem_unit)))
+}
+
+/// Reads `length` bytes at `offset` of `file` to guest address `to`. The position of the descriptor is not moved: other
+/// processes may share it.
+///
+/// # Errors
+/// The target is not memory, the file cannot be read, or it ends too early.
+pub fn read_file(
+    memory: &GuestMemory,
+    to: u64,
+    file: &File,
+    offset: u64,
+    length: usize,
+) -> Result<(), LoadError> {
+    let slice = memory.get_slice(GuestAddress(to), length).map_err(LoadError::Address)?;
+    let guard = slice.ptr_guard_mut();
+    let mut done = 0;
+    while done < length {
+        let at = offset.saturating_add(u64::try_from(done).unwrap_or(u64::MAX));
+        let position = libc::off_t::try_from(at).map_err(|e| LoadError::Read(io::Error::other(e)))?;
+        // SAFETY: `done < length`, so the pointer stays inside the slice that the guard keeps mapped.
+        let target = unsafe { guard.as_ptr().add(done) };
+        // SAFETY: `length - done` bytes from `target` on lie in the slice. The memory is shared with the guest, so no
+        // Rust reference to it exists, here or elsewhere.
+        let got = unsafe { libc::pread(file.as_raw_fd(), target.cast(), length - done, position) };
+        match usize::try_from(got) {
+            Ok(0) => return Err(LoadError::Truncated { missing: length - done }),
+            Ok(count) => done += count,
+            Err(_) => match io::Error::last_os_error() {
+                error if error.kind() == io::ErrorKind::Interrupted => {}
+                error => return Err(LoadError::Read(error)),
+            },
+        }
+    }
+    Ok(())
+}
+
+/// Size of guest memory in bytes below 3 GiB, and above 4 GiB.
+pub fn sizes(memory: &GuestMemory) -> (u64, u64) {
+    use vm_memory::GuestMemoryRegion;
+    let mut sizes = memory.iter().map(|r| r.len());
+    (sizes.next().unwrap_or(0), sizes.next().unwrap_or(0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vm_memory::Bytes;
+
+    #[test]
+    fn memory_beyond_3_gib_lies_above_4_gib() {
+        let memory = create(3 * 1024 + 1).unwrap();
+        assert_eq!(sizes(&memory), (3 << 30, MIB));
+        memory.write_obj(7u8, GuestAddress(HIGH_RAM_START + MIB - 1)).unwrap();
+        assert!(memory.read_obj::<u8>(GuestAddress(LOW_RAM.end())).is_err());
+        assert_eq!(memory.read_obj::<u8>(GuestAddress(0)).unwrap(), 0);
+    }
+
+    #[test]
+    fn more_memory_than_the_host_has_is_refused_with_both_numbers() {
+        let error = create(blixard_vmm_api::config::MEMORY_MIB_MAX).unwrap_err().to_string();
+        assert!(error.contains("1048576 MiB") && error.contains("the host has"), "{error}");
+    }
+
+    #[test]
+    fn a_short_file_and_a_target_outside_memory_are_refused() {
+        let memory = create(16).unwrap();
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(10).unwrap();
+        assert!(matches!(read_file(&memory, 0, &file, 4, 10), Err(LoadError::Truncated { missing: 4 })));
+        assert!(matches!(read_file(&memory, 16 * MIB - 1, &file, 0, 2), Err(LoadError::Address(_))));
+    }
+}

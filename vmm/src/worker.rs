@@ -1,0 +1,358 @@
+//! The I/O thread: one epoll loop in which every device, the console and the control socket live.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use blixard_vmm_api::control::{Event, FromVmm, Phase, Reply, Request, Status};
+use blixard_vmm_api::guest::{LinkRecord, WorkloadExit};
+use blixard_vmm_api::{ExitReason, VmId};
+
+use crate::bus::Bus;
+use crate::control::{Answer, Control};
+use crate::devices::console::Console;
+use crate::mailbox::Message;
+use crate::poll::{DeviceWatch, Owner, Poll};
+use crate::times::{Moment, Times};
+use crate::vcpu::Vcpus;
+use crate::virtio::device::{Activation, Device, GuestMemory};
+use crate::virtio::transport::Transport;
+
+const IN: u32 = libc::EPOLLIN.cast_unsigned();
+
+/// What the guest's init told over the guest link.
+#[derive(Debug, Default)]
+pub struct GuestNews {
+    ready: bool,
+    workload: Option<WorkloadExit>,
+    problem: Option<String>,
+    fresh: bool,
+}
+
+/// The guest's news, written by the vsock device and read by the control socket; both live in the I/O thread.
+#[derive(Clone, Default)]
+pub struct Guest(Arc<Mutex<GuestNews>>);
+
+impl Guest {
+    fn with<R>(&self, act: impl FnOnce(&mut GuestNews) -> R) -> R {
+        act(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Takes a record of the guest link.
+    pub fn on_record(&self, record: LinkRecord, times: &Times) {
+        self.with(|news| {
+            news.fresh = true;
+            match record {
+                LinkRecord::Started => {
+                    times.note(Moment::InitStart);
+                }
+                LinkRecord::Ready => {
+                    times.note(Moment::GuestReady);
+                    news.ready = true;
+                }
+                LinkRecord::WorkloadExited(exit) => news.workload = Some(exit),
+                LinkRecord::Problem(text) => news.problem = Some(text),
+                LinkRecord::Stop => news.fresh = false,
+            }
+        });
+    }
+
+    /// How the workload ended, and what init says went wrong.
+    pub fn outcome(&self) -> (Option<WorkloadExit>, Option<String>) {
+        self.with(|news| (news.workload, news.problem.clone()))
+    }
+}
+
+/// How the guest is asked to stop.
+pub type AskStop = Box<dyn Fn() + Send>;
+
+/// A device and its registers.
+pub struct Slot {
+    /// Prefix of its counters, for example `blk.root`.
+    pub name: String,
+    /// The device.
+    pub device: Box<dyn Device>,
+    /// Its registers.
+    pub transport: Arc<Transport>,
+    /// Whether the device has been activated and not yet deactivated.
+    pub active: bool,
+}
+
+/// What requests act on.
+struct Machine {
+    vm: VmId,
+    phase: Phase,
+    vcpus: Vcpus,
+    slots: Vec<Slot>,
+    memory: GuestMemory,
+    bus: Arc<Bus>,
+    guest: Guest,
+    ask_stop: Option<AskStop>,
+    exit: Option<ExitReason>,
+    console_counters: Vec<(&'static str, u64)>,
+    /// Devices were told of this phase.
+    told: Phase,
+    changed: bool,
+}
+
+/// The loop and all that lives in it.
+pub struct Worker {
+    poll: Poll,
+    console: Console,
+    control: Option<Control>,
+    signals: OwnedFd,
+    machine: Machine,
+}
+
+/// What the loop is made of.
+pub struct Parts {
+    /// Identity.
+    pub vm: VmId,
+    /// The epoll set, in which console and control socket are registered.
+    pub poll: Poll,
+    /// The console.
+    pub console: Console,
+    /// The control socket.
+    pub control: Option<Control>,
+    /// A signalfd: any signal ends the VM.
+    pub signals: OwnedFd,
+    /// vCPU threads, held.
+    pub vcpus: Vcpus,
+    /// Devices.
+    pub slots: Vec<Slot>,
+    /// Guest memory.
+    pub memory: GuestMemory,
+    /// What vCPUs reach.
+    pub bus: Arc<Bus>,
+    /// The guest's news.
+    pub guest: Guest,
+    /// Asks the guest to stop, when there is a way.
+    pub ask_stop: Option<AskStop>,
+}
+
+impl Worker {
+    /// A loop that has not begun.
+    ///
+    /// # Errors
+    /// Something cannot be watched.
+    pub fn new(parts: Parts) -> io::Result<Self> {
+        let Parts { vm, mut poll, console, control, signals, vcpus, slots, memory, bus, guest, ask_stop } =
+            parts;
+        poll.add(Owner::Mailbox, bus.mailbox.as_raw_fd(), IN, 0)?;
+        poll.add(Owner::Signals, signals.as_raw_fd(), IN, 0)?;
+        let machine = Machine {
+            vm,
+            phase: Phase::Running,
+            vcpus,
+            slots,
+            memory,
+            bus,
+            guest,
+            ask_stop,
+            exit: None,
+            console_counters: vec![],
+            told: Phase::Running,
+            changed: false,
+        };
+        Ok(Self { poll, console, control, signals, machine })
+    }
+
+    /// Lets the guest run and serves it until it ends.
+    pub fn run(&mut self) -> ExitReason {
+        self.machine.vcpus.resume();
+        let mut ready = vec![];
+        let reason = loop {
+            if let Some(reason) = self.machine.exit.take() {
+                break reason;
+            }
+            if let Err(error) = self.poll.wait(-1, &mut ready) {
+                break ExitReason::Internal { detail: format!("epoll_wait: {error}") };
+            }
+            for (fd, events) in &ready {
+                if let Some((owner, token)) = self.poll.owner(*fd) {
+                    self.dispatch(owner, token, *events);
+                }
+            }
+            self.tell_news();
+        };
+        self.console.finish(&mut self.poll);
+        if let Some(control) = &mut self.control {
+            control.tell(&FromVmm::Event(Event::Exited(reason.clone())), &mut self.poll);
+        }
+        reason
+    }
+
+    fn dispatch(&mut self, owner: Owner, token: u64, events: u32) {
+        let Self { poll, console, control, machine, .. } = self;
+        match owner {
+            Owner::Mailbox => {
+                for message in machine.bus.mailbox.take() {
+                    match message {
+                        Message::Serial => {
+                            machine.changed |=
+                                console.counters().first().is_some_and(|(_, bytes)| *bytes == 0);
+                            console.on_serial(poll);
+                        }
+                        other => machine.on_message(other, poll),
+                    }
+                }
+            }
+            Owner::Signals => {
+                machine.exit.get_or_insert(ExitReason::Killed);
+                // Reading takes the signal; what it was does not matter.
+                drop(read_signal(&self.signals));
+            }
+            Owner::Console => console.on_event(token, poll),
+            Owner::Control => {
+                if let Some(control) = control {
+                    machine.console_counters = console.counters().to_vec();
+                    control.on_event(token, poll, machine);
+                    machine.tell_phase(poll);
+                }
+            }
+            Owner::Device(index) => {
+                if let Some(slot) = machine.slots.get_mut(index).filter(|slot| slot.active) {
+                    slot.device.on_event(token, events, &mut DeviceWatch { poll, device: index });
+                }
+            }
+            Owner::Kick(index) => {
+                if let Some(slot) = machine.slots.get_mut(index).filter(|slot| slot.active) {
+                    slot.transport.take_kick(token);
+                    if let Ok(queue) = u16::try_from(token) {
+                        slot.device.on_kick(queue, &mut DeviceWatch { poll, device: index });
+                    }
+                }
+            }
+        }
+    }
+
+    fn tell_news(&mut self) {
+        let fresh = self.machine.guest.with(|news| std::mem::take(&mut news.fresh));
+        let changed = std::mem::take(&mut self.machine.changed);
+        if let Some(control) = self.control.as_mut().filter(|_| fresh || changed) {
+            control.changed(&self.machine.status(), &mut self.poll);
+        }
+    }
+}
+
+fn read_signal(signals: &OwnedFd) -> io::Result<usize> {
+    let mut bytes = [0u8; 128];
+    // SAFETY: the buffer has the size of a signalfd_siginfo.
+    let got = unsafe { libc::read(signals.as_raw_fd(), bytes.as_mut_ptr().cast(), bytes.len()) };
+    usize::try_from(got).map_err(|_| io::Error::last_os_error())
+}
+
+impl Machine {
+    fn on_message(&mut self, message: Message, poll: &mut Poll) {
+        match message {
+            Message::Activate(index) => self.activate(index, poll),
+            Message::Reset(index) => self.reset(index, poll),
+            Message::Progress | Message::Serial => self.changed = true,
+            Message::Exit(reason) => {
+                self.exit.get_or_insert(reason);
+            }
+        }
+    }
+
+    fn activate(&mut self, index: usize, poll: &mut Poll) {
+        let Some(slot) = self.slots.get_mut(index) else { return };
+        let Some(ready) = slot.transport.take_ready() else { return };
+        for (queue, fd) in ready.kicks {
+            // Without the watch this queue is never served: the driver sees a device that does not answer, as with a
+            // kernel that has no memory left.
+            let _ = poll.add(Owner::Kick(index), fd, IN, queue.into());
+        }
+        slot.active = true;
+        let activation = Activation {
+            memory: self.memory.clone(),
+            features: ready.features,
+            queues: ready.queues,
+            interrupt: slot.transport.clone(),
+        };
+        slot.device.activate(activation, &mut DeviceWatch { poll, device: index });
+    }
+
+    fn reset(&mut self, index: usize, poll: &mut Poll) {
+        let Some(slot) = self.slots.get_mut(index) else { return };
+        if std::mem::take(&mut slot.active) {
+            slot.device.deactivate(&mut DeviceWatch { poll, device: index });
+        }
+        for fd in slot.transport.kicks() {
+            poll.remove(fd);
+        }
+        slot.transport.confirm_reset();
+    }
+
+    /// Devices start nothing new while the VM is paused.
+    fn tell_phase(&mut self, poll: &mut Poll) {
+        if self.told == self.phase {
+            return;
+        }
+        self.told = self.phase;
+        for (index, slot) in self.slots.iter_mut().enumerate() {
+            slot.device.on_pause(self.phase == Phase::Paused, &mut DeviceWatch { poll, device: index });
+        }
+        if self.phase == Phase::Running {
+            self.vcpus.resume();
+        }
+    }
+
+    fn status(&self) -> Status {
+        self.guest.with(|news| Status {
+            vm: self.vm,
+            phase: self.phase,
+            guest_ready: news.ready,
+            workload: news.workload,
+            guest_problem: news.problem.clone(),
+            times: self.bus.times.all(),
+        })
+    }
+
+    fn stats(&self) -> BTreeMap<String, u64> {
+        let mut stats = BTreeMap::new();
+        for slot in &self.slots {
+            let name = &slot.name;
+            stats.extend(slot.device.counters().into_iter().map(|(n, v)| (format!("{name}.{n}"), v)));
+            stats.insert(format!("{name}.refused_activations"), slot.transport.failures());
+        }
+        stats.extend(self.console_counters.iter().map(|(n, v)| (format!("console.{n}"), *v)));
+        stats
+    }
+
+    fn set_phase(&mut self, phase: Phase) {
+        self.changed |= self.phase != phase;
+        self.phase = phase;
+    }
+}
+
+impl Answer for Machine {
+    fn answer(&mut self, request: &Request) -> Reply {
+        match request {
+            Request::Status | Request::Subscribe => Reply::Status(self.status()),
+            Request::Pause => {
+                if self.phase == Phase::Running {
+                    self.vcpus.pause();
+                }
+                self.set_phase(Phase::Paused);
+                Reply::Done
+            }
+            Request::Resume => {
+                self.set_phase(Phase::Running);
+                Reply::Done
+            }
+            Request::Stop => match &self.ask_stop {
+                Some(ask) => {
+                    ask();
+                    Reply::Done
+                }
+                None => Reply::Refused { reason: "the VM has no vsock device to ask its guest over".into() },
+            },
+            Request::Kill => {
+                self.exit.get_or_insert(ExitReason::Killed);
+                Reply::Done
+            }
+            Request::Stats => Reply::Stats(self.stats()),
+        }
+    }
+}
