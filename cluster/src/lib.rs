@@ -1,1 +1,24 @@
-//! The unprivileged cluster process: Raft state, API, plans.
+//! `blixard-node`: the cluster process of a node, without privileges.
+//!
+//! | part | does | woken by |
+//! |---|---|---|
+//! | [`api`] | answers users: checks, proposes, waits, streams | requests |
+//! | [`raft`] | makes commands durable and agreed, then applies them | proposals |
+//! | [`state`] | what is agreed: pure commands on records | applied entries |
+//! | [`host`] | sends this node's plan to its agent, brings reports back | each applied entry, each report |
+//! | [`images`] | imports images and kernels, keeps content by digest | uploads |
+//! | [`node`] | builds all of these and ends them | the start, signals |
+//!
+//! Nothing here touches a device, another user's process or the network configuration: that is the agent's work, and
+//! the agent is asked over one Unix socket in the words of `blixard_agent_api`.
+#![forbid(unsafe_code)]
+
+pub mod api;
+pub mod clock;
+pub mod config;
+pub mod host;
+pub mod images;
+pub mod metrics;
+pub mod node;
+pub mod raft;
+pub mod state;

@@ -1,0 +1,93 @@
+//! Exec and console: the connection is taken over (RFC 9110 section 7.8) and its bytes are copied to and from the
+//! descriptor that the agent opened, unread. When one side has said all, the other may still answer.
+
+use std::os::unix::net::UnixStream as StdUnixStream;
+use std::sync::Arc;
+
+use axum::extract::Request;
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use blixard_agent_api::AgentError;
+use blixard_api::{UPGRADE, VmId};
+use hyper_util::rt::TokioIo;
+use tokio::net::UnixStream;
+
+use super::error::Failure;
+use super::query::Parameters;
+use super::{Api, Shared};
+
+/// What is opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// The exec port of the guest.
+    Exec,
+    /// The serial console.
+    Console,
+}
+
+/// Bytes that are copied at once, each way.
+const COPY_BYTES: usize = 64 << 10;
+
+/// `POST …/{name}:exec` and `…/{name}:console`
+///
+/// # Errors
+/// 400 without the upgrade, 404, 409 when the VM is not there yet, 503 without agent.
+pub async fn open(
+    api: Shared,
+    project: &str,
+    name: &str,
+    mut request: Request,
+    kind: Kind,
+) -> Result<Response, Failure> {
+    Parameters::of(request.uri(), &[])?;
+    let wanted = request.headers().get(header::UPGRADE).and_then(|v| v.to_str().ok());
+    if !wanted.is_some_and(|v| v.eq_ignore_ascii_case(UPGRADE)) {
+        return Err(Failure::malformed(format!("this request needs Connection: upgrade and Upgrade: {UPGRADE}")));
+    }
+    if request.extensions().get::<hyper::upgrade::OnUpgrade>().is_none() {
+        return Err(Failure::malformed("this connection cannot be upgraded: HTTP/1.1 is needed"));
+    }
+    let id = api.find(project, name)?.id;
+    let stream = api.descriptor(id, kind).await?;
+    let upgrade = hyper::upgrade::on(&mut request);
+    let stop = api.stop.clone();
+    tokio::spawn(async move {
+        let Ok(upgraded) = upgrade.await else { return };
+        let (mut client, mut guest) = (TokioIo::new(upgraded), stream);
+        let copy = tokio::io::copy_bidirectional_with_sizes(&mut client, &mut guest, COPY_BYTES, COPY_BYTES);
+        if let Some(Err(error)) = stop.run_until_cancelled(copy).await {
+            tracing::debug!(%id, ?kind, "stream ended: {error}");
+        }
+    });
+    let mut response = StatusCode::SWITCHING_PROTOCOLS.into_response();
+    let headers = response.headers_mut();
+    headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
+    headers.insert(header::UPGRADE, HeaderValue::from_static(UPGRADE));
+    Ok(response)
+}
+
+impl Api {
+    async fn descriptor(&self, vm: VmId, kind: Kind) -> Result<UnixStream, Failure> {
+        let open = move |agent: &dyn crate::host::Agent| match kind {
+            Kind::Exec => agent.open_exec(vm),
+            Kind::Console => agent.open_console(vm),
+        };
+        let fd = self.ask_agent(open).await?;
+        let stream = StdUnixStream::from(fd);
+        let ready = stream.set_nonblocking(true).and_then(|()| UnixStream::from_std(stream));
+        ready.map_err(|error| Failure::internal(format!("the agent's stream cannot be used: {error}")))
+    }
+
+    /// Asks the agent on a thread that may wait.
+    ///
+    /// # Errors
+    /// See [`Failure`]'s conversion from [`AgentError`].
+    pub async fn ask_agent<T: Send + 'static>(
+        &self,
+        question: impl FnOnce(&dyn crate::host::Agent) -> Result<T, AgentError> + Send + 'static,
+    ) -> Result<T, Failure> {
+        let agent = Arc::clone(&self.agent);
+        let asked = tokio::task::spawn_blocking(move || question(agent.as_ref())).await;
+        Ok(asked.unwrap_or(Err(AgentError::Confused))?)
+    }
+}

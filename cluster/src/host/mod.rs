@@ -1,0 +1,96 @@
+//! This node's dialogue with its agent: plan down, reports up.
+//!
+//! * [`plan`]: pure, state → [`HostPlan`]
+//! * [`local`]: what this node knows of its VMs and keeps to itself (usage, moments, whether the agent answers)
+//! * [`sync`]: the loops
+
+pub mod local;
+pub mod plan;
+pub mod sync;
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+
+use blixard_agent_api::{AgentClient, AgentError, BlobRef, Finding, HostPlan, HostReport};
+use blixard_api::VmId;
+
+/// What a node asks of its agent. Calls block; the simulation answers them without a host.
+pub trait Agent: Send + Sync + 'static {
+    /// Store this plan and work toward it.
+    ///
+    /// # Errors
+    /// See [`AgentError`], as for all calls.
+    fn apply(&self, plan: HostPlan) -> Result<HostReport, AgentError>;
+    /// The report, as soon as it is newer than this one, or after `wait_ms`.
+    ///
+    /// # Errors
+    /// See [`AgentError`].
+    fn observe(&self, agent_instance: u64, revision: u64, wait_ms: u64) -> Result<HostReport, AgentError>;
+    /// Keep this content.
+    ///
+    /// # Errors
+    /// See [`AgentError`].
+    fn put_blob(&self, blob: BlobRef, file: &File) -> Result<(), AgentError>;
+    /// A stream to the exec port of a guest.
+    ///
+    /// # Errors
+    /// See [`AgentError`].
+    fn open_exec(&self, vm: VmId) -> Result<OwnedFd, AgentError>;
+    /// A stream to the console of a VM.
+    ///
+    /// # Errors
+    /// See [`AgentError`].
+    fn open_console(&self, vm: VmId) -> Result<OwnedFd, AgentError>;
+    /// The console log of a VM.
+    ///
+    /// # Errors
+    /// See [`AgentError`].
+    fn open_log(&self, vm: VmId) -> Result<OwnedFd, AgentError>;
+    /// Look at the host.
+    ///
+    /// # Errors
+    /// See [`AgentError`].
+    fn doctor(&self) -> Result<Vec<Finding>, AgentError>;
+}
+
+impl Agent for AgentClient {
+    fn apply(&self, plan: HostPlan) -> Result<HostReport, AgentError> {
+        self.apply(plan)
+    }
+
+    fn observe(&self, agent_instance: u64, revision: u64, wait_ms: u64) -> Result<HostReport, AgentError> {
+        self.observe(agent_instance, revision, wait_ms)
+    }
+
+    fn put_blob(&self, blob: BlobRef, file: &File) -> Result<(), AgentError> {
+        self.put_blob(blob, file)
+    }
+
+    fn open_exec(&self, vm: VmId) -> Result<OwnedFd, AgentError> {
+        self.open_exec(vm)
+    }
+
+    fn open_console(&self, vm: VmId) -> Result<OwnedFd, AgentError> {
+        self.open_console(vm)
+    }
+
+    fn open_log(&self, vm: VmId) -> Result<OwnedFd, AgentError> {
+        self.open_log(vm)
+    }
+
+    fn doctor(&self) -> Result<Vec<Finding>, AgentError> {
+        self.doctor()
+    }
+}
+
+/// An error with its causes, as one sentence.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}

@@ -1,0 +1,68 @@
+//! What of a report is worth replicating.
+
+use blixard_agent_api::{Epoch, Generation, Start};
+use blixard_vmm_api::control::BootTimes;
+
+use super::*;
+use crate::state::testing::{Cluster, create, id};
+
+fn told(number: u128, start: u64, phase: AgentPhase) -> VmReport {
+    VmReport {
+        vm: id(number),
+        epoch: Epoch(1),
+        start: Start(start),
+        phase,
+        reason: None,
+        guest_ready: phase == AgentPhase::Running,
+        vmm_pid: None,
+        started_at_ms: None,
+        ended_at_ms: None,
+        exit: None,
+        workload: None,
+        boot: BootTimes::default(),
+        steps: vec![],
+        memory_bytes: Some(1),
+    }
+}
+
+fn report(generation: u64, vms: Vec<VmReport>) -> HostReport {
+    HostReport { generation: Generation(generation), vms, ..HostReport::default() }
+}
+
+#[test]
+fn a_phase_is_replicated_once_and_usage_and_reasons_not_at_all() {
+    let mut cluster = Cluster::new(16);
+    cluster.run(create(1, "a")).unwrap();
+    let first = report(1, vec![told(1, 1, AgentPhase::Starting)]);
+    let commands = news(&cluster.state, 1, &first);
+    assert_eq!(commands.len(), 1);
+    cluster.run(commands[0].clone()).unwrap();
+    let mut vm = told(1, 1, AgentPhase::Starting);
+    vm.memory_bytes = Some(2);
+    vm.reason = Some("still at it".into());
+    assert_eq!(news(&cluster.state, 1, &report(1, vec![vm])), []);
+    assert_eq!(news(&cluster.state, 2, &report(1, vec![told(1, 1, AgentPhase::Running)])), [], "not its node");
+}
+
+#[test]
+fn why_something_failed_is_replicated() {
+    let mut cluster = Cluster::new(16);
+    cluster.run(create(1, "a")).unwrap();
+    let mut vm = told(1, 1, AgentPhase::Failed);
+    vm.reason = Some("x".repeat(10_000));
+    let commands = news(&cluster.state, 1, &report(1, vec![vm]));
+    let Command::RecordReport { observed, .. } = &commands[0] else { panic!() };
+    assert_eq!(observed.reason.as_ref().unwrap().len(), REASON_MAX);
+}
+
+#[test]
+fn a_vm_is_forgotten_when_a_report_about_a_plan_without_it_does_not_show_it() {
+    let mut cluster = Cluster::new(16);
+    cluster.run(create(1, "a")).unwrap();
+    let gone = cluster.vm(Command::DeleteVm { id: id(1), force: true, if_generation: None });
+    let forget = [Command::ForgetVm { id: id(1), epoch: 1 }];
+    assert_eq!(news(&cluster.state, 1, &report(gone.unlisted_since - 1, vec![])), [], "an older plan");
+    let there = report(gone.unlisted_since, vec![told(1, 1, AgentPhase::Stopping)]);
+    assert!(!news(&cluster.state, 1, &there).contains(&forget[0]), "still there");
+    assert_eq!(news(&cluster.state, 1, &report(gone.unlisted_since, vec![])), forget);
+}

@@ -1,0 +1,46 @@
+//! `blixard-node`: reads its settings, runs the node, ends it in good order on SIGTERM or SIGINT.
+#![forbid(unsafe_code)]
+
+use std::time::Duration;
+
+use anyhow::Context;
+use blixard_node::config::Options;
+use blixard_node::node;
+use clap::Parser;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+use tracing_subscriber::EnvFilter;
+
+/// Time that threads which wait for the agent have at the end: what they wait for is of no use any more.
+const END_TIME_MAX: Duration = Duration::from_millis(200);
+
+fn main() -> anyhow::Result<()> {
+    let config = Options::parse().complete()?;
+    let filter = EnvFilter::try_from_env("BLIXARD_LOG").unwrap_or_else(|_| EnvFilter::new("info,openraft=warn"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    let runtime = runtime.context("cannot start the runtime")?;
+    let result = runtime.block_on(async {
+        let stop = CancellationToken::new();
+        let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
+        let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
+        let asked = stop.clone();
+        tokio::spawn(async move {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            tracing::info!("stopping");
+            asked.cancel();
+        });
+        let ready = || {
+            // Without a service manager there is nobody to tell.
+            if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
+                tracing::debug!("the service manager was not told: {error}");
+            }
+        };
+        node::run(config, stop, ready).await.context("blixard-node cannot run")
+    });
+    runtime.shutdown_timeout(END_TIME_MAX);
+    result
+}

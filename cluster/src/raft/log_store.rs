@@ -1,0 +1,359 @@
+//! The Raft log and the vote, in one redb file.
+//!
+//! Entries are readable at once (from memory) and durable a little later: a thread of its own takes all that has piled up
+//! since its last commit and writes it in one transaction, so that many proposals share one flush. It reports each
+//! batch only after the flush. Votes, truncations and purges take the same road, in order.
+
+use std::collections::BTreeMap;
+use std::fmt::Debug;
+use std::io;
+use std::ops::{Bound, RangeBounds};
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+
+use openraft::OptionalSend;
+use openraft::entry::RaftEntry;
+use openraft::storage::{IOFlushed, LogState, RaftLogReader, RaftLogStorage};
+use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
+use tokio::sync::oneshot;
+
+use super::types::{Entry, LogId, Types, Vote};
+
+const LOG: TableDefinition<u64, &[u8]> = TableDefinition::new("log");
+const META: TableDefinition<&str, &[u8]> = TableDefinition::new("meta");
+const VOTE: &str = "vote";
+const PURGED: &str = "purged";
+const SCHEMA: &str = "schema";
+/// Version of the tables and of the entries' encoding.
+const SCHEMA_VERSION: u32 = 1;
+/// Page cache of the log file in bytes: it is read at start and by slow followers only.
+const CACHE_BYTES: usize = 8 << 20;
+/// Flushed entries that stay in memory for whoever applies or replicates them next.
+const RECENT_MAX: usize = 1024;
+/// Most jobs of one transaction: bounds how long the first of them waits for its flush.
+const BATCH_MAX: usize = 4096;
+
+/// Why the log cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum LogError {
+    /// redb refuses the file.
+    #[error("cannot open the log")]
+    Open(#[source] Box<redb::Error>),
+    /// What is in the file cannot be read.
+    #[error("cannot read the log")]
+    Read(#[source] io::Error),
+    /// A newer version wrote the file.
+    #[error("the log has schema version {found}, this program knows {SCHEMA_VERSION}")]
+    Newer {
+        /// Version in the file.
+        found: u32,
+    },
+    /// The writer thread cannot be started.
+    #[error("cannot start the log's writer")]
+    Writer(#[source] io::Error),
+}
+
+enum Job {
+    Append { entries: Vec<(u64, Vec<u8>)>, flushed: IOFlushed<Types> },
+    Vote { value: Vec<u8>, done: Done },
+    TruncateAfter { first_gone: u64, done: Done },
+    Purge { upto: u64, value: Vec<u8>, done: Done },
+}
+
+type Done = oneshot::Sender<io::Result<()>>;
+
+/// What is known without reading the file.
+#[derive(Debug, Default)]
+struct Memory {
+    /// The newest entries, without a gap up to the last.
+    recent: BTreeMap<u64, Entry>,
+    last: Option<LogId>,
+    purged: Option<LogId>,
+    vote: Option<Vote>,
+    /// Index up to which entries are durable.
+    flushed: u64,
+}
+
+struct Shared {
+    db: Database,
+    memory: Mutex<Memory>,
+}
+
+impl Shared {
+    fn memory(&self) -> MutexGuard<'_, Memory> {
+        self.memory.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The log. Clones read and write the same one.
+#[derive(Clone)]
+pub struct LogStore {
+    shared: Arc<Shared>,
+    jobs: mpsc::Sender<Job>,
+}
+
+pub(super) fn io_error(error: impl Into<redb::Error>) -> io::Error {
+    io::Error::other(error.into())
+}
+
+fn json_error(error: serde_json::Error) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, error)
+}
+
+impl LogStore {
+    /// Opens the log in this file, and makes it when there is none.
+    ///
+    /// # Errors
+    /// See [`LogError`].
+    pub fn open(path: &Path) -> Result<Self, LogError> {
+        let db = Database::builder().set_cache_size(CACHE_BYTES).create(path);
+        Self::new(db.map_err(|e| LogError::Open(Box::new(e.into())))?)
+    }
+
+    /// The log in this database, which may be backed by anything that redb takes.
+    ///
+    /// # Errors
+    /// See [`LogError`].
+    pub fn new(db: Database) -> Result<Self, LogError> {
+        let opened = |error: redb::Error| LogError::Open(Box::new(error));
+        let found = prepare(&db).map_err(opened)?;
+        if found > SCHEMA_VERSION {
+            return Err(LogError::Newer { found });
+        }
+        let memory = recall(&db).map_err(LogError::Read)?;
+        let shared = Arc::new(Shared { db, memory: Mutex::new(memory) });
+        let (jobs, queue) = mpsc::channel();
+        let writer = Arc::clone(&shared);
+        std::thread::Builder::new()
+            .name("raft-log".into())
+            .spawn(move || write(&writer, &queue))
+            .map_err(LogError::Writer)?;
+        Ok(Self { shared, jobs })
+    }
+
+    async fn run(&self, job: impl FnOnce(Done) -> Job) -> io::Result<()> {
+        let (done, answer) = oneshot::channel();
+        self.jobs.send(job(done)).map_err(|_| gone())?;
+        answer.await.map_err(|_| gone())?
+    }
+}
+
+fn gone() -> io::Error {
+    io::Error::other("the log's writer has ended")
+}
+
+/// Makes the tables; answers the schema version of the file.
+fn prepare(db: &Database) -> Result<u32, redb::Error> {
+    let transaction = db.begin_write()?;
+    let version = {
+        transaction.open_table(LOG)?;
+        let mut meta = transaction.open_table(META)?;
+        let found = meta.get(SCHEMA)?.and_then(|v| v.value().try_into().ok().map(u32::from_le_bytes));
+        if found.is_none() {
+            meta.insert(SCHEMA, SCHEMA_VERSION.to_le_bytes().as_slice())?;
+        }
+        found.unwrap_or(SCHEMA_VERSION)
+    };
+    transaction.commit()?;
+    Ok(version)
+}
+
+fn recall(db: &Database) -> io::Result<Memory> {
+    let transaction = db.begin_read().map_err(io_error)?;
+    let meta = transaction.open_table(META).map_err(io_error)?;
+    let log = transaction.open_table(LOG).map_err(io_error)?;
+    let vote = meta.get(VOTE).map_err(io_error)?;
+    let purged = meta.get(PURGED).map_err(io_error)?;
+    let last = log.last().map_err(io_error)?;
+    let last: Option<Entry> =
+        last.map(|(_, value)| serde_json::from_slice(value.value())).transpose().map_err(json_error)?;
+    let purged: Option<LogId> =
+        purged.map(|v| serde_json::from_slice(v.value())).transpose().map_err(json_error)?;
+    let last = last.map(|entry| entry.log_id()).or(purged);
+    Ok(Memory {
+        recent: BTreeMap::new(),
+        flushed: last.map_or(0, |id| id.index),
+        last,
+        purged,
+        vote: vote.map(|v| serde_json::from_slice(v.value())).transpose().map_err(json_error)?,
+    })
+}
+
+/// The writer thread: ends when nobody can send any more.
+fn write(shared: &Shared, queue: &mpsc::Receiver<Job>) {
+    while let Ok(first) = queue.recv() {
+        let mut jobs = vec![first];
+        jobs.extend(queue.try_iter().take(BATCH_MAX - 1));
+        let result = commit(&shared.db, &jobs).map_err(io_error);
+        if let Err(error) = &result {
+            tracing::error!(%error, "the log cannot be written");
+        }
+        let answer = || result.as_ref().map(|()| ()).map_err(|e| io::Error::other(e.to_string()));
+        for job in jobs {
+            match job {
+                Job::Append { entries, flushed } => {
+                    if let (Some((last, _)), Ok(())) = (entries.last(), &result) {
+                        let mut memory = shared.memory();
+                        memory.flushed = *last;
+                        forget_old(&mut memory);
+                    }
+                    flushed.io_completed(answer());
+                }
+                Job::TruncateAfter { first_gone, done } => {
+                    let mut memory = shared.memory();
+                    memory.flushed = memory.flushed.min(first_gone.saturating_sub(1));
+                    drop(memory);
+                    done.send(answer()).ok();
+                }
+                // Nobody waits any more when the node is being stopped.
+                Job::Vote { done, .. } | Job::Purge { done, .. } => {
+                    done.send(answer()).ok();
+                }
+            }
+        }
+    }
+}
+
+fn forget_old(memory: &mut Memory) {
+    while memory.recent.len() > RECENT_MAX {
+        match memory.recent.first_key_value() {
+            Some((index, _)) if *index <= memory.flushed => memory.recent.pop_first(),
+            _ => break,
+        };
+    }
+}
+
+fn commit(db: &Database, jobs: &[Job]) -> Result<(), redb::Error> {
+    let transaction = db.begin_write()?;
+    {
+        let mut log = transaction.open_table(LOG)?;
+        let mut meta = transaction.open_table(META)?;
+        for job in jobs {
+            match job {
+                Job::Append { entries, .. } => {
+                    for (index, value) in entries {
+                        log.insert(index, value.as_slice())?;
+                    }
+                }
+                Job::Vote { value, .. } => {
+                    meta.insert(VOTE, value.as_slice())?;
+                }
+                Job::TruncateAfter { first_gone, .. } => log.retain_in(*first_gone.., |_, _| false)?,
+                Job::Purge { upto, value, .. } => {
+                    meta.insert(PURGED, value.as_slice())?;
+                    log.retain_in(..=*upto, |_, _| false)?;
+                }
+            }
+        }
+    }
+    transaction.commit()?;
+    Ok(())
+}
+
+impl RaftLogReader<Types> for LogStore {
+    async fn try_get_log_entries<RB: RangeBounds<u64> + Clone + Debug + OptionalSend>(
+        &mut self,
+        range: RB,
+    ) -> Result<Vec<Entry>, io::Error> {
+        let begin = match range.start_bound() {
+            Bound::Included(i) => *i,
+            Bound::Excluded(i) => i.saturating_add(1),
+            Bound::Unbounded => 0,
+        };
+        let end = match range.end_bound() {
+            Bound::Included(i) => i.saturating_add(1),
+            Bound::Excluded(i) => *i,
+            Bound::Unbounded => u64::MAX,
+        };
+        if begin >= end {
+            return Ok(Vec::new());
+        }
+        let (recent, known_from) = {
+            let memory = self.shared.memory();
+            let recent: Vec<Entry> = memory.recent.range(begin..end).map(|(_, e)| e.clone()).collect();
+            (recent, memory.recent.first_key_value().map_or(u64::MAX, |(index, _)| *index))
+        };
+        if known_from <= begin {
+            return Ok(recent);
+        }
+        let shared = Arc::clone(&self.shared);
+        let older = tokio::task::spawn_blocking(move || read(&shared.db, begin, end.min(known_from)));
+        let mut entries = older.await.map_err(io::Error::other)??;
+        entries.extend(recent);
+        Ok(entries)
+    }
+
+    async fn read_vote(&mut self) -> Result<Option<Vote>, io::Error> {
+        Ok(self.shared.memory().vote)
+    }
+}
+
+fn read(db: &Database, begin: u64, end: u64) -> io::Result<Vec<Entry>> {
+    let transaction = db.begin_read().map_err(io_error)?;
+    let log = transaction.open_table(LOG).map_err(io_error)?;
+    let mut entries = Vec::new();
+    for item in log.range(begin..end).map_err(io_error)? {
+        let (_, value) = item.map_err(io_error)?;
+        entries.push(serde_json::from_slice(value.value()).map_err(json_error)?);
+    }
+    Ok(entries)
+}
+
+impl RaftLogStorage<Types> for LogStore {
+    type LogReader = Self;
+
+    async fn get_log_state(&mut self) -> Result<LogState<Types>, io::Error> {
+        let memory = self.shared.memory();
+        Ok(LogState { last_purged_log_id: memory.purged, last_log_id: memory.last })
+    }
+
+    async fn get_log_reader(&mut self) -> Self {
+        self.clone()
+    }
+
+    async fn save_vote(&mut self, vote: &Vote) -> Result<(), io::Error> {
+        let value = serde_json::to_vec(vote).map_err(json_error)?;
+        self.run(|done| Job::Vote { value, done }).await?;
+        self.shared.memory().vote = Some(*vote);
+        Ok(())
+    }
+
+    async fn append<I>(&mut self, entries: I, callback: IOFlushed<Types>) -> Result<(), io::Error>
+    where
+        I: IntoIterator<Item = Entry> + OptionalSend,
+        I::IntoIter: OptionalSend,
+    {
+        let mut encoded = Vec::new();
+        {
+            let mut memory = self.shared.memory();
+            for entry in entries {
+                let id = entry.log_id();
+                encoded.push((id.index, serde_json::to_vec(&entry).map_err(json_error)?));
+                memory.last = Some(id);
+                memory.recent.insert(id.index, entry);
+            }
+        }
+        self.jobs.send(Job::Append { entries: encoded, flushed: callback }).map_err(|_| gone())
+    }
+
+    async fn truncate_after(&mut self, last: Option<LogId>) -> Result<(), io::Error> {
+        let first_gone = last.map_or(0, |id| id.index.saturating_add(1));
+        {
+            let mut memory = self.shared.memory();
+            memory.recent.split_off(&first_gone);
+            memory.last = last.or(memory.purged);
+        }
+        self.run(|done| Job::TruncateAfter { first_gone, done }).await
+    }
+
+    async fn purge(&mut self, log_id: LogId) -> Result<(), io::Error> {
+        {
+            let mut memory = self.shared.memory();
+            memory.purged = Some(log_id);
+            memory.last = memory.last.max(Some(log_id));
+            memory.recent = memory.recent.split_off(&log_id.index.saturating_add(1));
+        }
+        let value = serde_json::to_vec(&log_id).map_err(json_error)?;
+        self.run(|done| Job::Purge { upto: log_id.index, value, done }).await
+    }
+}

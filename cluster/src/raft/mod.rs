@@ -1,0 +1,245 @@
+//! How openraft is used here: no type of openraft leaves this module.
+//!
+//! * [`log_store`]: log and vote, one flush for many proposals
+//! * [`state_store`]: applies entries to the state, and keeps it in redb
+//! * [`replica`]: the state as the rest of the process sees it
+//! * [`network`]: the way to other members
+//!
+//! [`Consensus`] is the handle: it proposes commands and answers once they are applied.
+
+pub mod log_store;
+pub mod network;
+pub mod replica;
+pub mod state_store;
+pub mod types;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use openraft::errors::{ClientWriteError, RaftError};
+use openraft::{BasicNode, Config, Raft, ServerState, SnapshotPolicy};
+
+use self::log_store::{LogError, LogStore};
+use self::network::NoPeers;
+use self::replica::Replica;
+use self::state_store::{StateError, StateStore};
+use self::types::{Applied, Types};
+use crate::state::{NodeId, Outcome, Proposal};
+
+/// Longest wait for leadership and recovery after a start.
+const RECOVERY_MAX: Duration = Duration::from_secs(60);
+
+/// Why consensus cannot begin.
+#[derive(Debug, thiserror::Error)]
+pub enum ConsensusError {
+    /// The folder cannot be made.
+    #[error("cannot make the folder {path}")]
+    Folder {
+        /// Which.
+        path: std::path::PathBuf,
+        /// The system's answer.
+        #[source]
+        source: std::io::Error,
+    },
+    /// See [`LogError`].
+    #[error("the Raft log is of no use")]
+    Log(#[from] LogError),
+    /// See [`StateError`].
+    #[error("the replicated state is of no use")]
+    State(#[from] StateError),
+    /// openraft refuses to run.
+    #[error("Raft cannot {what}: {reason}")]
+    Raft {
+        /// What was tried.
+        what: &'static str,
+        /// openraft's answer.
+        reason: String,
+    },
+}
+
+/// Why a command was not applied, as far as this node knows.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ProposeError {
+    /// Another node leads, or none does.
+    #[error("this node does not lead")]
+    NotLeader {
+        /// Name of the leader, when known.
+        leader: Option<String>,
+    },
+    /// This node's consensus has stopped: its disk failed, or the process is ending.
+    #[error("consensus has stopped: {0}")]
+    Stopped(String),
+}
+
+/// Numbers of this member.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct RaftNumbers {
+    /// Term.
+    pub term: u64,
+    /// Index of the last log entry.
+    pub last_log: u64,
+    /// Index of the newest committed entry.
+    pub committed: u64,
+    /// Index of the newest applied entry.
+    pub applied: u64,
+    /// Index up to which the log was cut off.
+    pub purged: u64,
+    /// Index of the newest snapshot.
+    pub snapshot: u64,
+    /// 1 when this node leads.
+    pub leads: bool,
+    /// Commands proposed here since the start of the process.
+    pub proposals: u64,
+}
+
+/// The handle of this member. Clones are the same member.
+#[derive(Clone)]
+pub struct Consensus {
+    raft: Raft<Types, StateStore>,
+    replica: Arc<Replica>,
+    proposals: Arc<AtomicU64>,
+    node: NodeId,
+}
+
+fn index(id: Option<types::LogId>) -> u64 {
+    id.map_or(0, |id| id.index)
+}
+
+impl Consensus {
+    /// Opens log and state in `folder` and starts this member; the first start makes a cluster of one voter.
+    ///
+    /// # Errors
+    /// See [`ConsensusError`].
+    pub async fn open(
+        folder: &Path,
+        node: NodeId,
+        name: &str,
+        snapshot_after: u64,
+    ) -> Result<Self, ConsensusError> {
+        let made = std::fs::create_dir_all(folder);
+        made.map_err(|source| ConsensusError::Folder { path: folder.to_owned(), source })?;
+        let log = LogStore::open(&folder.join("log.redb"))?;
+        let state = StateStore::open(&folder.join("state.redb"))?;
+        let replica = state.replica();
+        let failed = |what| move |error: String| ConsensusError::Raft { what, reason: error };
+        let config = Config {
+            cluster_name: "blixard".into(),
+            heartbeat_interval: 75,
+            election_timeout_min: 250,
+            election_timeout_max: 350,
+            snapshot_policy: SnapshotPolicy::LogsSinceLast(snapshot_after),
+            max_in_snapshot_log_to_keep: snapshot_after,
+            ..Config::default()
+        };
+        let config = config.validate().map_err(|e| failed("use its settings")(e.to_string()))?;
+        let raft = Raft::new(node, Arc::new(config), NoPeers, log, state).await;
+        let raft = raft.map_err(|e| failed("start")(e.to_string()))?;
+        let known = raft.is_initialized().await.map_err(|e| failed("read its state")(e.to_string()))?;
+        if !known {
+            let members = BTreeMap::from([(node, BasicNode { addr: name.to_owned() })]);
+            raft.initialize(members).await.map_err(|e| failed("make a cluster")(e.to_string()))?;
+        } else if raft.voter_ids().all(|voter| voter == node) {
+            // A lone voter need not wait until a leader has been silent for long enough.
+            let elect = raft.trigger().elect(false).await;
+            elect.map_err(|e| failed("stand for election")(e.to_string()))?;
+        }
+        Ok(Self { raft, replica, proposals: Arc::default(), node })
+    }
+
+    /// Waits until this member leads and has applied all that was acknowledged before it was started.
+    ///
+    /// # Errors
+    /// [`ConsensusError::Raft`] when that takes too long.
+    pub async fn recovered(&self) -> Result<(), ConsensusError> {
+        let failed = |what| move |error: String| ConsensusError::Raft { what, reason: error };
+        let wait = self.raft.wait(Some(RECOVERY_MAX)).state(ServerState::Leader, "lead").await;
+        wait.map_err(|e| failed("lead")(e.to_string()))?;
+        let wait = self.raft.wait_for_recovery(Some(RECOVERY_MAX)).await;
+        wait.map_err(|e| failed("recover")(e.to_string()))?;
+        Ok(())
+    }
+
+    /// The state as it was last applied here.
+    pub fn replica(&self) -> &Arc<Replica> {
+        &self.replica
+    }
+
+    /// This node.
+    pub fn node(&self) -> NodeId {
+        self.node
+    }
+
+    /// Proposes a command and answers what applying it answered, with the revision of it. When this returns an error the
+    /// command may still be applied later, except with [`ProposeError::NotLeader`].
+    ///
+    /// # Errors
+    /// See [`ProposeError`].
+    pub async fn propose(&self, proposal: Proposal) -> Result<(u64, Outcome), ProposeError> {
+        self.proposals.fetch_add(1, Ordering::Relaxed);
+        match self.raft.client_write(proposal).await {
+            Ok(response) => match response.data {
+                Applied::Command(outcome) => Ok((response.log_id.index, *outcome)),
+                Applied::Nothing => Err(ProposeError::Stopped("the entry came back without an answer".into())),
+            },
+            Err(RaftError::APIError(ClientWriteError::ForwardToLeader(forward))) => {
+                Err(ProposeError::NotLeader { leader: forward.leader_node.map(|n| n.addr) })
+            }
+            Err(error) => Err(ProposeError::Stopped(error.to_string())),
+        }
+    }
+
+    /// The name of the leader, when known.
+    pub fn leader(&self) -> Option<String> {
+        use openraft::type_config::async_runtime::watch::WatchReceiver;
+        let metrics = self.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        let leader = metrics.current_leader?;
+        let members = metrics.membership_config.membership();
+        members.get_node(&leader).map(|node| node.addr.clone())
+    }
+
+    /// Numbers of this member.
+    pub fn numbers(&self) -> RaftNumbers {
+        use openraft::type_config::async_runtime::watch::WatchReceiver;
+        let metrics = self.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        RaftNumbers {
+            term: metrics.current_term,
+            last_log: metrics.last_log_index.unwrap_or(0),
+            committed: index(metrics.local_committed),
+            applied: index(metrics.last_applied),
+            purged: index(metrics.purged),
+            snapshot: index(metrics.snapshot),
+            leads: metrics.state == ServerState::Leader,
+            proposals: self.proposals.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Waits until consensus has stopped by itself (a failed disk); answers why.
+    pub async fn stopped(&self) -> String {
+        use openraft::type_config::async_runtime::watch::WatchReceiver;
+        let mut metrics = self.raft.metrics();
+        loop {
+            if let Err(fatal) = &metrics.borrow_watched().running_state {
+                return fatal.to_string();
+            }
+            if metrics.changed().await.is_err() {
+                return "Raft has ended".into();
+            }
+        }
+    }
+
+    /// Stops this member.
+    pub async fn shutdown(&self) {
+        if let Err(error) = self.raft.shutdown().await {
+            tracing::warn!(%error, "Raft did not end in good order");
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "raft_test.rs"]
+mod tests;

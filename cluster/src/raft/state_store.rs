@@ -1,0 +1,382 @@
+//! The replicated state on disk: one redb record per state record, written in the transaction of the batch of entries that
+//! changed it, together with how far the log was applied.
+//!
+//! A batch is not flushed: its entries are durable in the log and are applied again after a crash. Every second or so,
+//! and before a snapshot is announced (which lets the log be cut), everything up to then is flushed. So a crash costs at
+//! most the repetition of some commands, and applying is deterministic.
+//!
+//! A snapshot is no copy: it is a read transaction, a view of the records at one instant.
+
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use futures::{Stream, StreamExt};
+use openraft::storage::{EntryResponder, RaftSnapshotBuilder, RaftStateMachine};
+use openraft::{EntryPayload, OptionalSend};
+use redb::{Database, Durability, ReadTransaction, ReadableDatabase, ReadableTable, TableDefinition};
+use serde::de::DeserializeOwned;
+
+use super::log_store::io_error;
+use super::replica::{Change, Changed, Replica};
+use super::types::{Applied, LogId, SnapshotMeta, StoredMembership, Types};
+use crate::state::{Command, RecordError, RecordKey, State};
+
+const RECORDS: TableDefinition<&str, &[u8]> = TableDefinition::new("records");
+const META: TableDefinition<&str, &[u8]> = TableDefinition::new("meta");
+const APPLIED: &str = "applied";
+const MEMBERSHIP: &str = "membership";
+const SNAPSHOT: &str = "snapshot";
+const SCHEMA: &str = "schema";
+/// Version of the tables.
+const SCHEMA_VERSION: u32 = 1;
+/// Page cache of the state file in bytes. All records are in memory anyway, so it holds the pages that are written next.
+const CACHE_BYTES: usize = 24 << 20;
+/// Longest time that applied batches stay unflushed while more arrive.
+const FLUSH_EVERY: Duration = Duration::from_secs(1);
+/// Most entries that are applied in one transaction: bounds how long readers wait.
+const BATCH_MAX: usize = 512;
+
+/// Why the state cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    /// redb refuses the file.
+    #[error("cannot open the state")]
+    Open(#[source] Box<redb::Error>),
+    /// What is in the file cannot be read.
+    #[error("cannot read the state")]
+    Read(#[source] io::Error),
+    /// A newer version wrote the file.
+    #[error("the state has schema version {found}, this program knows {SCHEMA_VERSION}")]
+    Newer {
+        /// Version in the file.
+        found: u32,
+    },
+}
+
+/// The state machine that openraft drives.
+pub struct StateStore {
+    db: Arc<Database>,
+    replica: Arc<Replica>,
+    applied: Option<LogId>,
+    membership: StoredMembership,
+    flushed_at: Instant,
+}
+
+/// The content of a snapshot.
+pub enum SnapshotData {
+    /// A view of our own records.
+    View(Box<ReadTransaction>),
+    /// Records as they came from another node.
+    Records(Vec<(String, Vec<u8>)>),
+}
+
+impl SnapshotData {
+    /// All records: key and JSON value.
+    ///
+    /// # Errors
+    /// The system's answer when the file cannot be read.
+    pub fn into_records(self) -> io::Result<Vec<(String, Vec<u8>)>> {
+        match self {
+            Self::Records(records) => Ok(records),
+            Self::View(transaction) => all_records(&transaction),
+        }
+    }
+}
+
+fn record_error(error: RecordError) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, error)
+}
+
+fn json<T: serde::Serialize>(value: &T) -> io::Result<Vec<u8>> {
+    serde_json::to_vec(value).map_err(io::Error::other)
+}
+
+fn all_records(transaction: &ReadTransaction) -> io::Result<Vec<(String, Vec<u8>)>> {
+    let table = transaction.open_table(RECORDS).map_err(io_error)?;
+    let mut records = Vec::new();
+    for item in table.iter().map_err(io_error)? {
+        let (key, value) = item.map_err(io_error)?;
+        records.push((key.value().to_owned(), value.value().to_owned()));
+    }
+    Ok(records)
+}
+
+fn meta<T: DeserializeOwned>(transaction: &ReadTransaction, key: &str) -> io::Result<Option<T>> {
+    let table = transaction.open_table(META).map_err(io_error)?;
+    let value = table.get(key).map_err(io_error)?;
+    value.map(|v| serde_json::from_slice(v.value())).transpose().map_err(io::Error::other)
+}
+
+impl StateStore {
+    /// Opens the state in this file, and makes it when there is none.
+    ///
+    /// # Errors
+    /// See [`StateError`].
+    pub fn open(path: &Path) -> Result<Self, StateError> {
+        let db = Database::builder().set_cache_size(CACHE_BYTES).create(path);
+        Self::new(db.map_err(|e| StateError::Open(Box::new(e.into())))?)
+    }
+
+    /// The state in this database, which may be backed by anything that redb takes.
+    ///
+    /// # Errors
+    /// See [`StateError`].
+    pub fn new(db: Database) -> Result<Self, StateError> {
+        let found = prepare(&db).map_err(|e| StateError::Open(Box::new(e)))?;
+        if found > SCHEMA_VERSION {
+            return Err(StateError::Newer { found });
+        }
+        let read = || -> io::Result<(State, Option<LogId>, StoredMembership)> {
+            let transaction = db.begin_read().map_err(io_error)?;
+            let applied: Option<LogId> = meta(&transaction, APPLIED)?.flatten();
+            let revision = applied.map_or(0, |id| id.index);
+            let state = State::from_records(revision, all_records(&transaction)?).map_err(record_error)?;
+            Ok((state, applied, meta(&transaction, MEMBERSHIP)?.unwrap_or_default()))
+        };
+        let (state, applied, membership) = read().map_err(StateError::Read)?;
+        let broken = crate::state::invariants::broken(&state);
+        if !broken.is_empty() {
+            let text = format!("not true of the stored state: {}", broken.join("; "));
+            return Err(StateError::Read(io::Error::new(io::ErrorKind::InvalidData, text)));
+        }
+        let replica = Arc::new(Replica::new(state));
+        Ok(Self { db: Arc::new(db), replica, applied, membership, flushed_at: Instant::now() })
+    }
+
+    /// The state as the rest of the process sees it.
+    pub fn replica(&self) -> Arc<Replica> {
+        Arc::clone(&self.replica)
+    }
+
+    /// Applies a batch to the state in memory and writes the changed records.
+    fn apply_batch(&mut self, batch: Vec<EntryResponder<Types>>) -> io::Result<()> {
+        let mut answers = Vec::with_capacity(batch.len());
+        let mut changes = Vec::new();
+        let mut records: Vec<(RecordKey, Option<Vec<u8>>)> = Vec::new();
+        {
+            let mut state = self.replica.state_mut();
+            let mut keys = state.take_changed();
+            for (entry, responder) in batch {
+                let index = entry.log_id.index;
+                self.applied = Some(entry.log_id);
+                let applied = match entry.payload {
+                    EntryPayload::Blank => {
+                        state.advance(index);
+                        Applied::Nothing
+                    }
+                    EntryPayload::Membership(members) => {
+                        self.membership = StoredMembership::new(Some(entry.log_id), members);
+                        state.advance(index);
+                        Applied::Nothing
+                    }
+                    EntryPayload::Normal(proposal) => {
+                        let leaving = match &proposal.command {
+                            Command::ForgetVm { id, .. } => state.vm(*id).cloned(),
+                            _ => None,
+                        };
+                        let outcome = state.apply(index, &proposal);
+                        let mut changed = state.take_changed();
+                        for key in &changed {
+                            let RecordKey::Vm(id) = key else { continue };
+                            let what = match (state.vm(*id), &leaving) {
+                                (Some(vm), _) => Changed::Vm(Arc::clone(vm)),
+                                (None, Some(vm)) => Changed::VmGone(Arc::clone(vm)),
+                                (None, None) => continue,
+                            };
+                            changes.push(Change { revision: index, what });
+                        }
+                        keys.append(&mut changed);
+                        Applied::Command(Box::new(outcome))
+                    }
+                };
+                answers.push((responder, applied));
+            }
+            for key in keys {
+                let value = state.record(&key).map_err(record_error)?;
+                records.push((key, value));
+            }
+        }
+        let flush = self.flushed_at.elapsed() >= FLUSH_EVERY;
+        self.write(&records, flush)?;
+        if flush {
+            self.flushed_at = Instant::now();
+        }
+        self.replica.publish(self.applied.map_or(0, |id| id.index), changes);
+        for (responder, applied) in answers {
+            if let Some(responder) = responder {
+                responder.send(applied);
+            }
+        }
+        Ok(())
+    }
+
+    fn write(&self, records: &[(RecordKey, Option<Vec<u8>>)], flush: bool) -> io::Result<()> {
+        let (applied, membership) = (json(&self.applied)?, json(&self.membership)?);
+        let commit = || -> Result<(), redb::Error> {
+            let mut transaction = self.db.begin_write()?;
+            transaction.set_durability(if flush { Durability::Immediate } else { Durability::None })?;
+            transaction.set_quick_repair(flush);
+            {
+                let mut table = transaction.open_table(RECORDS)?;
+                for (key, value) in records {
+                    let key = key.to_string();
+                    match value {
+                        Some(value) => table.insert(key.as_str(), value.as_slice())?,
+                        None => table.remove(key.as_str())?,
+                    };
+                }
+                let mut meta = transaction.open_table(META)?;
+                meta.insert(APPLIED, applied.as_slice())?;
+                meta.insert(MEMBERSHIP, membership.as_slice())?;
+            }
+            transaction.commit()?;
+            Ok(())
+        };
+        commit().map_err(io_error)
+    }
+}
+
+/// Makes the tables; answers the schema version of the file.
+fn prepare(db: &Database) -> Result<u32, redb::Error> {
+    let transaction = db.begin_write()?;
+    let version = {
+        transaction.open_table(RECORDS)?;
+        let mut meta = transaction.open_table(META)?;
+        let found = meta.get(SCHEMA)?.and_then(|v| v.value().try_into().ok().map(u32::from_le_bytes));
+        if found.is_none() {
+            meta.insert(SCHEMA, SCHEMA_VERSION.to_le_bytes().as_slice())?;
+        }
+        found.unwrap_or(SCHEMA_VERSION)
+    };
+    transaction.commit()?;
+    Ok(version)
+}
+
+/// Everything that has been applied is on disk when this returns, and `mark` says that a snapshot exists.
+fn flush(db: &Database, mark: bool) -> Result<(), redb::Error> {
+    let mut transaction = db.begin_write()?;
+    transaction.set_durability(Durability::Immediate)?;
+    transaction.set_quick_repair(true);
+    if mark {
+        transaction.open_table(META)?.insert(SNAPSHOT, b"true".as_slice())?;
+    }
+    transaction.commit()?;
+    Ok(())
+}
+
+fn view(db: &Database) -> io::Result<openraft::alias::SnapshotOf<Types, SnapshotData>> {
+    let transaction = db.begin_read().map_err(io_error)?;
+    let meta = SnapshotMeta {
+        last_log_id: meta(&transaction, APPLIED)?.flatten(),
+        last_membership: meta(&transaction, MEMBERSHIP)?.unwrap_or_default(),
+    };
+    Ok(openraft::Snapshot { meta, snapshot: SnapshotData::View(Box::new(transaction)) })
+}
+
+/// Makes snapshots while the state goes on changing.
+pub struct SnapshotBuilder {
+    db: Arc<Database>,
+}
+
+impl RaftSnapshotBuilder<Types> for SnapshotBuilder {
+    type SnapshotData = SnapshotData;
+
+    async fn build_snapshot(&mut self) -> io::Result<openraft::alias::SnapshotOf<Types, SnapshotData>> {
+        let db = Arc::clone(&self.db);
+        let build = move || {
+            // First the view, then the flush: what is flushed is at least what the view shows.
+            let snapshot = view(&db)?;
+            flush(&db, true).map_err(io_error)?;
+            Ok(snapshot)
+        };
+        tokio::task::spawn_blocking(build).await.map_err(io::Error::other)?
+    }
+}
+
+impl RaftStateMachine<Types> for StateStore {
+    type SnapshotData = SnapshotData;
+    type SnapshotBuilder = SnapshotBuilder;
+
+    async fn applied_state(&mut self) -> io::Result<(Option<LogId>, StoredMembership)> {
+        Ok((self.applied, self.membership.clone()))
+    }
+
+    async fn apply<Strm>(&mut self, mut entries: Strm) -> io::Result<()>
+    where
+        Strm: Stream<Item = io::Result<EntryResponder<Types>>> + Unpin + OptionalSend,
+    {
+        loop {
+            let mut batch = Vec::new();
+            while batch.len() < BATCH_MAX {
+                match entries.next().await {
+                    Some(entry) => batch.push(entry?),
+                    None => break,
+                }
+            }
+            if batch.is_empty() {
+                return Ok(());
+            }
+            // redb waits for the disk now and then; the other tasks of this thread go on elsewhere.
+            blocking(|| self.apply_batch(batch))?;
+        }
+    }
+
+    async fn get_snapshot_builder(&mut self) -> SnapshotBuilder {
+        SnapshotBuilder { db: Arc::clone(&self.db) }
+    }
+
+    async fn install_snapshot(&mut self, snapshot: &SnapshotMeta, data: SnapshotData) -> io::Result<()> {
+        let revision = snapshot.last_log_id.map_or(0, |id| id.index);
+        blocking(|| {
+            let records = data.into_records()?;
+            let (applied, membership) = (json(&snapshot.last_log_id)?, json(&snapshot.last_membership)?);
+            let commit = || -> Result<(), redb::Error> {
+                let mut transaction = self.db.begin_write()?;
+                transaction.set_durability(Durability::Immediate)?;
+                transaction.set_quick_repair(true);
+                transaction.delete_table(RECORDS)?;
+                {
+                    let mut table = transaction.open_table(RECORDS)?;
+                    for (key, value) in &records {
+                        table.insert(key.as_str(), value.as_slice())?;
+                    }
+                    let mut meta = transaction.open_table(META)?;
+                    meta.insert(APPLIED, applied.as_slice())?;
+                    meta.insert(MEMBERSHIP, membership.as_slice())?;
+                    meta.insert(SNAPSHOT, b"true".as_slice())?;
+                }
+                transaction.commit()?;
+                Ok(())
+            };
+            commit().map_err(io_error)?;
+            let state = State::from_records(revision, records).map_err(record_error)?;
+            self.replica.replace(state);
+            Ok::<(), io::Error>(())
+        })?;
+        self.applied = snapshot.last_log_id;
+        self.membership = snapshot.last_membership.clone();
+        Ok(())
+    }
+
+    async fn get_current_snapshot(
+        &mut self,
+    ) -> io::Result<Option<openraft::alias::SnapshotOf<Types, SnapshotData>>> {
+        let transaction = self.db.begin_read().map_err(io_error)?;
+        let made: Option<bool> = meta(&transaction, SNAPSHOT)?;
+        if made.is_none() {
+            return Ok(None);
+        }
+        view(&self.db).map(Some)
+    }
+}
+
+/// Runs `work` where it may wait for a disk.
+fn blocking<T>(work: impl FnOnce() -> T) -> T {
+    use tokio::runtime::{Handle, RuntimeFlavor};
+    match Handle::try_current().map(|handle| handle.runtime_flavor()) {
+        Ok(RuntimeFlavor::MultiThread) => tokio::task::block_in_place(work),
+        _ => work(),
+    }
+}

@@ -1,0 +1,255 @@
+//! The closed list of changes to the replicated state, and their answers.
+//!
+//! A command says what somebody wants; whether it is legal at that moment is decided where it is applied, on every
+//! replica alike. Commands are stored as JSON in the log: a variant or field is only added, and a new variant is only
+//! proposed once the feature level of the cluster says that every member knows it.
+
+use std::fmt;
+use std::sync::Arc;
+
+use blixard_agent_api::Digest;
+use blixard_api::VmId;
+use blixard_api::vm::VmSpec;
+use serde::{Deserialize, Serialize};
+
+use super::records::{ImageRecord, KernelRecord, NetworkRecord, NodeId, Observed, VmRecord};
+
+/// A command on its way through the log, with what its application may not find out by itself.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Proposal {
+    /// The proposer's clock, in milliseconds of Unix time: applying reads no clock.
+    pub now_ms: u64,
+    /// Idempotency key of the client, if any.
+    #[serde(default)]
+    pub key: Option<Key>,
+    /// What is wanted.
+    pub command: Command,
+}
+
+/// An idempotency key.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Key {
+    /// The client's text, at most 128 characters.
+    pub text: String,
+    /// Digest of the request.
+    pub fingerprint: Digest,
+}
+
+/// Everything that can change the replicated state. Each changes at most one VM, so that a revision is one event.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Command {
+    /// Makes the cluster, its default network and its first node. Legal once.
+    InitCluster {
+        /// Feature level to begin with.
+        feature_level: u32,
+        /// The default network.
+        network: NetworkRecord,
+        /// Number of the first node.
+        node: NodeId,
+        /// Its name.
+        node_name: String,
+    },
+    /// Gives a node another name. Legal for a known node.
+    RenameNode {
+        /// Which.
+        node: NodeId,
+        /// The name.
+        name: String,
+    },
+    /// Makes a VM, gives it addresses and places it on a node. Legal when id and name are free and image, kernel, network
+    /// and node are known; repeating it with the same id, name and spec answers the VM that is there.
+    CreateVm {
+        /// Identity.
+        id: VmId,
+        /// Project.
+        project: String,
+        /// Name.
+        name: String,
+        /// What it shall be; checked by the proposer.
+        spec: Box<VmSpec>,
+        /// Where it is placed.
+        node: NodeId,
+    },
+    /// Asks a VM to run. Legal unless it is being deleted. Begins a new start when the newest one has ended or a stop was
+    /// asked for; otherwise it is there already.
+    StartVm {
+        /// Which.
+        id: VmId,
+        /// Refused when the VM has another generation.
+        #[serde(default)]
+        if_generation: Option<u64>,
+    },
+    /// Asks a VM to stop. Legal unless it is being deleted. Repeating it can change the grace time.
+    StopVm {
+        /// Which.
+        id: VmId,
+        /// Time that the guest has, in milliseconds.
+        grace_ms: u64,
+        /// Refused when the VM has another generation.
+        #[serde(default)]
+        if_generation: Option<u64>,
+    },
+    /// Asks for a VM to be gone. Legal when it does not run, or with `force`. Repeating it changes nothing.
+    DeleteVm {
+        /// Which.
+        id: VmId,
+        /// Also when it runs.
+        force: bool,
+        /// Refused when the VM has another generation.
+        #[serde(default)]
+        if_generation: Option<u64>,
+    },
+    /// Forgets a VM whose node confirmed that nothing of it is left, and frees its addresses and name. Without effect when
+    /// the VM is unknown, not to be gone, or has been placed again since.
+    ForgetVm {
+        /// Which.
+        id: VmId,
+        /// Placement that is gone.
+        epoch: u64,
+    },
+    /// Keeps what a node tells about a VM. Without effect when it is about another placement or an older start.
+    RecordReport {
+        /// Which.
+        id: VmId,
+        /// Who tells.
+        node: NodeId,
+        /// Placement it is about.
+        epoch: u64,
+        /// What is told.
+        observed: Box<Observed>,
+    },
+    /// Makes an image known by name; a name that exists points to the new content from then on.
+    PutImage(Box<ImageRecord>),
+    /// Forgets an image by name or digest. Legal when no VM was made from it.
+    DeleteImage {
+        /// Name or digest.
+        name: String,
+    },
+    /// Makes a kernel known by name; a name that exists points to the new content from then on.
+    PutKernel(Box<KernelRecord>),
+    /// Forgets a kernel by name. Legal when no VM was made with it.
+    DeleteKernel {
+        /// Name.
+        name: String,
+    },
+}
+
+impl Command {
+    /// Name of the variant, for logs and metrics.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::InitCluster { .. } => "init_cluster",
+            Self::RenameNode { .. } => "rename_node",
+            Self::CreateVm { .. } => "create_vm",
+            Self::StartVm { .. } => "start_vm",
+            Self::StopVm { .. } => "stop_vm",
+            Self::DeleteVm { .. } => "delete_vm",
+            Self::ForgetVm { .. } => "forget_vm",
+            Self::RecordReport { .. } => "record_report",
+            Self::PutImage(_) => "put_image",
+            Self::DeleteImage { .. } => "delete_image",
+            Self::PutKernel(_) => "put_kernel",
+            Self::DeleteKernel { .. } => "delete_kernel",
+        }
+    }
+}
+
+impl fmt::Display for Proposal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.command.kind())
+    }
+}
+
+/// What applying a command answers.
+pub type Outcome = Result<Answer, Refusal>;
+
+/// What a command did.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Answer {
+    /// It is so now.
+    Done,
+    /// The VM as it is now.
+    Vm {
+        /// The VM.
+        vm: Arc<VmRecord>,
+        /// This command made it.
+        created: bool,
+    },
+    /// The image as it is now, or was.
+    Image(Arc<ImageRecord>),
+    /// The kernel as it is now, or was.
+    Kernel(Arc<KernelRecord>),
+}
+
+/// Why a command changed nothing.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+pub enum Refusal {
+    /// There is a cluster already.
+    #[error("the cluster exists already")]
+    Initialised,
+    /// There is no such node.
+    #[error("there is no node {0}")]
+    NoNode(NodeId),
+    /// There is no such VM.
+    #[error("there is no such VM")]
+    NoVm,
+    /// There is no such image.
+    #[error("there is no image {0:?}")]
+    NoImage(String),
+    /// There is no such kernel.
+    #[error("there is no kernel {0:?}")]
+    NoKernel(String),
+    /// There is no such network.
+    #[error("there is no network {0:?}")]
+    NoNetwork(String),
+    /// Another VM of the project has this name.
+    #[error("a VM named {name:?} exists already ({id})")]
+    NameTaken {
+        /// The name.
+        name: String,
+        /// Who has it.
+        id: VmId,
+    },
+    /// A VM with this id exists and is another one.
+    #[error("the id {0} belongs to a VM with another name or spec")]
+    IdTaken(VmId),
+    /// All addresses of the network are in use.
+    #[error("network {0:?} has no free address")]
+    NetworkFull(String),
+    /// More VMs than one node can be asked for.
+    #[error("there are {0} VMs already, more are not possible")]
+    TooMany(usize),
+    /// All VMs of a node together must fit one message to its agent.
+    #[error("the commands and environments of the VMs of this node are too long together")]
+    PlanFull,
+    /// The VM has changed since.
+    #[error("the VM has generation {now}")]
+    Generation {
+        /// The present generation.
+        now: u64,
+    },
+    /// The VM runs.
+    #[error("the VM {0:?} is not stopped")]
+    Runs(String),
+    /// The VM is being deleted.
+    #[error("the VM {0:?} is being deleted")]
+    Leaving(String),
+    /// VMs were made from it.
+    #[error("in use by {}", names(vms, *more))]
+    InUse {
+        /// Some of their names.
+        vms: Vec<String>,
+        /// How many more there are.
+        more: usize,
+    },
+    /// The idempotency key came with another request before.
+    #[error("this idempotency key was used for another request")]
+    KeyReused,
+}
+
+fn names(vms: &[String], more: usize) -> String {
+    let named = vms.join(", ");
+    if more == 0 { named } else { format!("{named} and {more} more") }
+}

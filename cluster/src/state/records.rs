@@ -1,0 +1,253 @@
+//! The records that the replicated state is made of. They are stored as JSON: a field is only added, and with a default.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use blixard_agent_api::{BlobRef, Digest};
+use blixard_api::image::ImageConfig;
+use blixard_api::vm::{Desired, Phase, VmSpec};
+use blixard_api::VmId;
+use blixard_netd_api::Subnet;
+use blixard_vmm_api::ExitReason;
+use blixard_vmm_api::config::MacAddr;
+use blixard_vmm_api::guest::{Command as Workload, WorkloadExit};
+use serde::{Deserialize, Serialize};
+
+/// Number of a node for its whole life; never given twice.
+pub type NodeId = u64;
+
+/// The cluster as a whole.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClusterRecord {
+    /// What every member understands; grows when an operator says so.
+    pub feature_level: u32,
+    /// When the cluster was made, in milliseconds of Unix time.
+    pub created_at_ms: u64,
+    /// Added to revisions to make generations of plans: a cluster that is made anew on the same hosts begins above the
+    /// old one, so that agents do not take its plans for old ones.
+    pub plan_base: u64,
+}
+
+/// A node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeRecord {
+    /// Number.
+    pub id: NodeId,
+    /// Name for people.
+    pub name: String,
+    /// Generation of its newest plan.
+    pub plan_generation: u64,
+}
+
+/// A network with its addresses.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetworkRecord {
+    /// Name.
+    pub name: String,
+    /// Gateway and prefix of IPv4.
+    pub v4: Subnet,
+    /// Gateway and prefix of IPv6.
+    pub v6: Subnet,
+    /// Let the nics reach what the node reaches.
+    pub nat: bool,
+    /// Largest packet in bytes.
+    pub mtu: u16,
+    /// Host number after the one given last: numbers are given in order, so that one is reused as late as possible.
+    pub next_host: u32,
+}
+
+/// An image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageRecord {
+    /// Name.
+    pub name: String,
+    /// The file system image.
+    pub blob: BlobRef,
+    /// File system: `erofs`.
+    pub fs: String,
+    /// When it was imported, in milliseconds of Unix time.
+    pub created_at_ms: u64,
+    /// What to run from it.
+    pub config: ImageConfig,
+}
+
+/// A guest kernel.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KernelRecord {
+    /// Name.
+    pub name: String,
+    /// Release, as `uname -r` prints it.
+    pub release: String,
+    /// The kernel.
+    pub kernel: BlobRef,
+    /// The initramfs with `blixard-init` and the modules.
+    pub initramfs: BlobRef,
+    /// Modules in the initramfs.
+    pub modules: Vec<String>,
+    /// When it was imported, in milliseconds of Unix time.
+    pub created_at_ms: u64,
+}
+
+/// What a VM was made from; stays when names point elsewhere later.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pins {
+    /// Root file system image.
+    pub image: BlobRef,
+    /// File system of the image.
+    pub image_fs: String,
+    /// Kernel.
+    pub kernel: BlobRef,
+    /// Initramfs.
+    pub initramfs: BlobRef,
+}
+
+/// A VM's attachment to a network.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NicRecord {
+    /// Name of the network.
+    pub network: String,
+    /// Its number in the network: the host part of its addresses.
+    pub host: u32,
+    /// IPv4 address.
+    pub v4: Ipv4Addr,
+    /// IPv6 address.
+    pub v6: Ipv6Addr,
+}
+
+impl NicRecord {
+    /// The addresses, IPv4 first.
+    pub fn addresses(&self) -> Vec<IpAddr> {
+        vec![self.v4.into(), self.v6.into()]
+    }
+
+    /// Hardware address: locally administered, made of the host number, so that it is unique in its network and an
+    /// address that is given again comes with the same hardware address (neighbours' caches stay right).
+    pub fn mac(&self) -> MacAddr {
+        let [a, b, c, d] = self.host.to_be_bytes();
+        MacAddr([0x02, 0x62, a, b, c, d])
+    }
+}
+
+/// What a node told about a VM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Observed {
+    /// Start that it is about; 0 before the first was begun.
+    pub start: u64,
+    /// Phase.
+    pub phase: Phase,
+    /// Why it is there.
+    #[serde(default)]
+    pub reason: Option<String>,
+    /// The guest reported ready.
+    #[serde(default)]
+    pub guest_ready: bool,
+    /// When the start began, in milliseconds of Unix time.
+    #[serde(default)]
+    pub started_at_ms: Option<u64>,
+    /// When it ended, in milliseconds of Unix time.
+    #[serde(default)]
+    pub ended_at_ms: Option<u64>,
+    /// Why the VMM ended.
+    #[serde(default)]
+    pub exit: Option<ExitReason>,
+    /// How the workload ended.
+    #[serde(default)]
+    pub workload: Option<WorkloadExit>,
+}
+
+impl Observed {
+    /// Nothing has been told about this start yet.
+    pub fn nothing(start: u64) -> Self {
+        Self {
+            start,
+            phase: Phase::Pending,
+            reason: None,
+            guest_ready: false,
+            started_at_ms: None,
+            ended_at_ms: None,
+            exit: None,
+            workload: None,
+        }
+    }
+}
+
+/// A VM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmRecord {
+    /// Identity.
+    pub id: VmId,
+    /// Its project.
+    pub project: String,
+    /// Name, unique in the project.
+    pub name: String,
+    /// What was asked for.
+    pub spec: VmSpec,
+    /// What it was made from.
+    pub pins: Pins,
+    /// What it runs: the image's words and the spec's, merged. Absent: a shell on the console.
+    #[serde(default)]
+    pub workload: Option<Workload>,
+    /// Its nic, when it has one.
+    #[serde(default)]
+    pub nic: Option<NicRecord>,
+    /// How often what it shall be or do has changed.
+    pub generation: u64,
+    /// When it was created, in milliseconds of Unix time.
+    pub created_at_ms: u64,
+    /// What it shall do.
+    pub desired: Desired,
+    /// Time for a stop in good order, in milliseconds.
+    pub grace_ms: u64,
+    /// How often it has been asked to start.
+    pub start: u64,
+    /// Where it is placed.
+    pub node: NodeId,
+    /// How often it has been placed.
+    pub epoch: u64,
+    /// Generation of the node's plan since which it is no longer listed there; 0 while it is.
+    #[serde(default)]
+    pub unlisted_since: u64,
+    /// What its node told last that is worth keeping.
+    pub observed: Observed,
+}
+
+impl VmRecord {
+    /// The newest start has come to its end, or the VM was stopped before it began.
+    pub fn has_ended(&self) -> bool {
+        matches!(self.observed.phase, Phase::Stopped | Phase::Failed)
+    }
+
+    /// True when what a node tells is about the present. What it tells about an older start is old news: the end of start
+    /// 1 must not look like the end of start 2. Before the newest start was begun only preparations and their failure are
+    /// news, and the end of what shall not run anyway.
+    pub fn is_news(&self, observed: &Observed) -> bool {
+        let preparing = matches!(observed.phase, Phase::Pending | Phase::Preparing);
+        let failed_before = observed.start == 0 && observed.phase == Phase::Failed;
+        observed.start >= self.start || preparing || failed_before || self.desired != Desired::Running
+    }
+
+    /// The content that it needs.
+    pub fn blobs(&self) -> [BlobRef; 3] {
+        [self.pins.image, self.pins.kernel, self.pins.initramfs]
+    }
+}
+
+/// The answer of a mutation that came with an idempotency key.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeptAnswer {
+    /// The key.
+    pub key: String,
+    /// What was asked, as a digest: the same key with another request is an error of the client.
+    pub fingerprint: Digest,
+    /// When it was answered, in milliseconds of Unix time.
+    pub at_ms: u64,
+    /// Revision at which it was answered.
+    pub revision: u64,
+    /// The answer.
+    pub answer: super::command::Answer,
+}
+
+/// Labels match when each of `wanted` is there with its value.
+pub fn labels_match(labels: &BTreeMap<String, String>, wanted: &[(String, String)]) -> bool {
+    wanted.iter().all(|(key, value)| labels.get(key) == Some(value))
+}
