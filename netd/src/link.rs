@@ -150,7 +150,8 @@ impl Links {
     /// # Errors
     /// See [`LinkError`].
     pub fn set_bridge(&self, index: u32, name: &str, mtu: u16) -> Result<(), LinkError> {
-        let message = rtnetlink::LinkMessageBuilder::<LinkBridge>::new(name)
+        // By number only: up to Linux 6.1 a name in the message counts as a renaming, which a bridge that is up refuses.
+        let message = rtnetlink::LinkMessageBuilder::<LinkBridge>::new_with_info_kind(InfoKind::Bridge)
             .index(index)
             .stp_state(BridgeStpState::Disabled)
             .forward_delay(0)
