@@ -8,11 +8,11 @@ use crate::devices::ioapic::IoApic;
 use crate::devices::power;
 use crate::devices::serial::Serial;
 use crate::layout::{
-    BOOT_TIMER, ECAM, I8042_COMMAND_PORT, I8042_DATA_PORT, IOAPIC, SERIAL_PORT, SERIAL_PORTS,
+    BOOT_TIMER, ECAM, I8042_COMMAND_PORT, I8042_DATA_PORT, IOAPIC, RESET_PORT, SERIAL_PORT, SERIAL_PORTS,
     SLEEP_STATUS_PORT,
 };
 use crate::mailbox::{Mailbox, Message};
-use crate::pci::Root;
+use crate::pci::{PORTS, PORTS_COUNT, Root};
 use crate::times::{Moment, Times};
 
 /// What the guest writes to the boot timer.
@@ -40,6 +40,10 @@ impl Bus {
         match port.checked_sub(SERIAL_PORT) {
             // A repeated input reads the same register again and again.
             Some(offset) if offset < SERIAL_PORTS => data.fill_with(|| self.serial.read(offset)),
+            _ if (PORTS..PORTS + PORTS_COUNT).contains(&port) => {
+                data.fill(0xFF);
+                self.pci.port_read(port - PORTS, data);
+            }
             _ if matches!(port, I8042_DATA_PORT | I8042_COMMAND_PORT | SLEEP_STATUS_PORT) => data.fill(0),
             _ => data.fill(0xFF),
         }
@@ -50,6 +54,10 @@ impl Bus {
         match port.checked_sub(SERIAL_PORT) {
             Some(offset) if offset < SERIAL_PORTS => {
                 data.iter().for_each(|byte| self.serial.write(offset, *byte));
+                None
+            }
+            _ if (PORTS..PORTS + PORTS_COUNT).contains(&port) && port != RESET_PORT => {
+                self.pci.port_write(port - PORTS, data);
                 None
             }
             _ => data.first().and_then(|value| power::write(port, *value)),

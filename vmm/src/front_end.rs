@@ -37,7 +37,8 @@ impl Options {
         let mut options = Self { vcpus: 1, memory: 128, cmdline, ..Self::default() };
         let mut words = words.iter();
         while let Some(word) = words.next() {
-            let mut value = || words.next().map(|w| (*w).to_owned()).ok_or(format!("{word}: value is missing"));
+            let mut value =
+                || words.next().map(|w| (*w).to_owned()).ok_or(format!("{word}: value is missing"));
             match *word {
                 "--kernel" => options.kernel = Some(value()?),
                 "--initramfs" => options.initramfs = Some(value()?),
@@ -127,11 +128,13 @@ impl Options {
             });
         }
         if let Some((path, cid)) = &self.vsock {
-            let listener = listen(path, libc::SOCK_STREAM).map_err(|e| host(&format!("--vsock {path}"), &e))?;
+            let listener =
+                listen(path, libc::SOCK_STREAM).map_err(|e| host(&format!("--vsock {path}"), &e))?;
             config.vsock = Some(VsockConfig { cid: *cid, listener: opened.keep("vsock", listener) });
         }
         if let Some(path) = &self.control {
-            let listener = listen(path, libc::SOCK_SEQPACKET).map_err(|e| host(&format!("--control {path}"), &e))?;
+            let listener =
+                listen(path, libc::SOCK_SEQPACKET).map_err(|e| host(&format!("--control {path}"), &e))?;
             config.control = Some(opened.keep("control", listener));
         }
         config.descriptors = opened.numbers();

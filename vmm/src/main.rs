@@ -43,7 +43,8 @@ blixard-vmm probe [--json]       tell which guests /dev/kvm of this machine can 
 fn main() -> ExitCode {
     let times = Arc::new(Times::default());
     times.note(Moment::ProcessStart);
-    let arguments: Vec<String> = std::env::args_os().skip(1).map(|a| a.to_string_lossy().into_owned()).collect();
+    let arguments: Vec<String> =
+        std::env::args_os().skip(1).map(|a| a.to_string_lossy().into_owned()).collect();
     let code = match parse(&arguments) {
         Ok(Command::Config(fd)) => finish(None, run_config(fd, times)),
         Ok(Command::Run(options)) => run_options(&options, times),
@@ -119,7 +120,8 @@ fn read_config(fd: RawFd) -> Result<VmConfig, String> {
     if text.len() > CONFIG_BYTES_MAX {
         return Err(format!("configuration: longer than {CONFIG_BYTES_MAX} bytes"));
     }
-    let config: VmConfig = serde_json::from_slice(&text).map_err(|error| format!("configuration: {error}"))?;
+    let config: VmConfig =
+        serde_json::from_slice(&text).map_err(|error| format!("configuration: {error}"))?;
     config.validate().map_err(|error| error.to_string())?;
     if config.descriptors.values().any(|number| *number == fd) {
         return Err(format!("descriptors: {fd} is the configuration itself"));
@@ -129,7 +131,8 @@ fn read_config(fd: RawFd) -> Result<VmConfig, String> {
 
 fn run(config: VmConfig, mut given: Descriptors, times: Arc<Times>, log_only: bool) -> End {
     let record = config.exit_record.as_ref().and_then(|name| given.take(name).ok()).map(File::from);
-    let started = Assembled::new(&config, given, times).and_then(Assembled::load).and_then(|l| l.start(log_only));
+    let started =
+        Assembled::new(&config, given, times).and_then(Assembled::load).and_then(|l| l.start(log_only));
     let (reason, (workload, guest_problem)) = match started {
         Ok(mut running) => (running.run(), running.guest().outcome()),
         Err(error) => (error.exit_reason(), (None, None)),
@@ -153,7 +156,8 @@ fn finish(terminal: Option<terminal::Raw>, end: End) -> u8 {
     drop(terminal);
     if let Some((mut file, config)) = record {
         let record = ExitRecord { vm: config.vm, reason: reason.clone(), workload, guest_problem };
-        let written = serde_json::to_vec(&record).map_err(io::Error::other).and_then(|text| file.write_all(&text));
+        let written =
+            serde_json::to_vec(&record).map_err(io::Error::other).and_then(|text| file.write_all(&text));
         if let Err(error) = written {
             say(&mut io::stderr(), &format!("blixard-vmm: exit record: {error}\n"));
         }
@@ -166,11 +170,7 @@ fn finish(terminal: Option<terminal::Raw>, end: End) -> u8 {
 
 fn probe(json: bool) -> u8 {
     let answer = blixard_vmm::probe::probe();
-    let text = if json {
-        serde_json::to_string(&answer).unwrap_or_default()
-    } else {
-        answer.to_string()
-    };
+    let text = if json { serde_json::to_string(&answer).unwrap_or_default() } else { answer.to_string() };
     say(&mut io::stdout(), &format!("{text}\n"));
     0
 }

@@ -142,11 +142,8 @@ fn run_guest(kvm: OwnedFd, code: &[u8], user_mode: bool) -> Result<(), String> {
         special.efer |= 1;
         let entry = |index, data| kvm_msr_entry { index, data, ..Default::default() };
         // STAR: SYSCALL gets 0x10, SYSRET 0x30 and 0x28 with ring 3; LSTAR; FMASK.
-        let msrs = [
-            entry(0xC000_0081, 0x0020_0010 << 32),
-            entry(0xC000_0082, CODE + 0x20),
-            entry(0xC000_0084, 0),
-        ];
+        let msrs =
+            [entry(0xC000_0081, 0x0020_0010 << 32), entry(0xC000_0082, CODE + 0x20), entry(0xC000_0084, 0)];
         let msrs = Msrs::from_entries(&msrs).map_err(|e| format!("{e:?}"))?;
         vcpu.set_sregs(&special).map_err(|e| text(&e))?;
         vcpu.set_msrs(&msrs).map_err(|e| text(&e))?;

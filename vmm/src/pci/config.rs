@@ -165,7 +165,7 @@ mod tests {
         space.write(0x14, &[0xFF; 4]);
         assert_eq!((read(&space, 0x10), read(&space, 0x14)), (0xFFFF_8004, 0xFFFF_FFFF));
         space.write(0x04, &[2, 0]);
-        // The end of the address space is a place like any other; its end does not fit a number, so it is not decoded.
+        // A BAR that ends beyond the last address is not decoded.
         assert!(space.bar().is_none());
         space.write(0x10, &0xD123_8000u32.to_le_bytes());
         space.write(0x14, &1u32.to_le_bytes());

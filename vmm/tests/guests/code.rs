@@ -1,0 +1,350 @@
+//! Hand-made guests of a few instructions, and the ELF files around them.
+//!
+//! The code is loaded at 1 MiB and does not depend on where it is. 64-bit guests are entered as a Linux kernel is; 32-bit
+//! guests by PVH, in protected mode without paging, so they reach devices at their physical addresses.
+
+use std::arch::global_asm;
+
+/// Where the code is loaded.
+pub const BASE: u32 = 0x10_0000;
+
+/// A guest: its code, and whether it is entered by PVH.
+#[derive(Clone, Copy)]
+pub struct Guest {
+    code: &'static [u8],
+    pvh: bool,
+}
+
+impl Guest {
+    /// An ELF file that loads and enters the code.
+    pub fn elf(self) -> Vec<u8> {
+        let notes = if self.pvh {
+            let value = u64::from(BASE).to_le_bytes();
+            [[4u32, 8, 18].map(u32::to_le_bytes).concat().as_slice(), b"Xen\0", &value].concat()
+        } else {
+            vec![]
+        };
+        let notes_at = 64 + 2 * 56;
+        let code_at = notes_at + notes.len() as u64;
+        let half = |value: u16| value.to_le_bytes();
+        let mut file = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
+        file.extend([half(2), half(62)].concat());
+        file.extend(1u32.to_le_bytes());
+        file.extend([u64::from(BASE), 64, 0].map(u64::to_le_bytes).concat());
+        file.extend([0; 4]);
+        file.extend([64, 56, 2, 0, 0, 0].map(half).concat());
+        let code = self.code.len() as u64;
+        for (kind, at, address, size, memory) in
+            [(1u32, code_at, u64::from(BASE), code, code + 0x1000), (4, notes_at, 0, notes.len() as u64, 0)]
+        {
+            file.extend(kind.to_le_bytes());
+            file.extend(7u32.to_le_bytes());
+            file.extend([at, address, address, size, memory, 4].map(u64::to_le_bytes).concat());
+        }
+        file.extend(notes);
+        file.extend(self.code);
+        file
+    }
+}
+
+/// Defines a guest between two labels.
+macro_rules! guest {
+    ($name:ident, $start:ident, $end:ident, pvh: $pvh:expr, $($line:expr),+ $(,)?) => {
+        global_asm!(
+            ".pushsection .rodata.guests, \"a\", @progbits",
+            concat!(".globl ", stringify!($start)),
+            concat!(".globl ", stringify!($end)),
+            concat!(stringify!($start), ":"),
+            $($line,)+
+            ".code64",
+            concat!(stringify!($end), ":"),
+            ".popsection",
+        );
+        /// See the code.
+        pub fn $name() -> Guest {
+            unsafe extern "C" {
+                static $start: u8;
+                static $end: u8;
+            }
+            let (start, end) = (&raw const $start, &raw const $end);
+            // SAFETY: both labels are in the section above, with nothing but the guest's code between them.
+            let code = unsafe { std::slice::from_raw_parts(start, end.addr() - start.addr()) };
+            Guest { code, pvh: $pvh }
+        }
+    };
+}
+
+// 64-bit entry: the command line that the zero page refers to, then power off by the sleep control register.
+guest!(
+    prints_its_command_line, prints_start, prints_end, pvh: false,
+    ".code64",
+    "mov ebx, [rsi + 0x228]",
+    "mov dx, 0x3f8",
+    "2: mov al, [rbx]",
+    "test al, al",
+    "jz 3f",
+    "out dx, al",
+    "inc rbx",
+    "jmp 2b",
+    "3: mov dx, 0x600",
+    "mov al, 0x34",
+    "out dx, al",
+    "4: hlt",
+    "jmp 4b",
+);
+
+// PVH entry: says P when the start information has its magic, then power off.
+guest!(
+    entered_by_pvh, pvh_start, pvh_end, pvh: true,
+    ".code32",
+    "cmp dword ptr [ebx], 0x336ec578",
+    "jne 3f",
+    "mov dx, 0x3f8",
+    "mov al, 0x50",
+    "out dx, al",
+    "3: mov dx, 0x600",
+    "mov al, 0x34",
+    "out dx, al",
+    "4: hlt",
+    "jmp 4b",
+);
+
+// Reset by the chipset's register.
+guest!(
+    resets_by_chipset, chipset_start, chipset_end, pvh: true,
+    ".code32",
+    "mov dx, 0xcf9",
+    "mov al, 6",
+    "out dx, al",
+    "4: hlt",
+    "jmp 4b",
+);
+
+// Reset by the keyboard controller.
+guest!(
+    resets_by_keyboard, keyboard_start, keyboard_end, pvh: true,
+    ".code32",
+    "mov al, 0xfe",
+    "out 0x64, al",
+    "4: hlt",
+    "jmp 4b",
+);
+
+// Writes to the boot timer, prints T, waits for ever.
+guest!(
+    writes_the_boot_timer, timer_start, timer_end, pvh: true,
+    ".code32",
+    "mov edi, 0xc0000000",
+    "mov byte ptr [edi], 123",
+    "mov dx, 0x3f8",
+    "mov al, 0x54",
+    "out dx, al",
+    "4: hlt",
+    "jmp 4b",
+);
+
+// An exception without a table of handlers.
+guest!(
+    triple_faults, fault_start, fault_end, pvh: true,
+    ".code32",
+    "ud2",
+);
+
+// Prints dots without end.
+guest!(
+    prints_for_ever, dots_start, dots_end, pvh: true,
+    ".code32",
+    "2: mov dx, 0x3fd",
+    "in al, dx",
+    "test al, 0x20",
+    "jz 2b",
+    "mov dx, 0x3f8",
+    "mov al, 0x2e",
+    "out dx, al",
+    "jmp 2b",
+);
+
+// Prints what is typed; q powers off.
+guest!(
+    echoes, echo_start, echo_end, pvh: true,
+    ".code32",
+    "mov dx, 0x3f8",
+    "mov al, 0x3e",
+    "out dx, al",
+    "2: mov dx, 0x3fd",
+    "in al, dx",
+    "test al, 1",
+    "jz 2b",
+    "mov dx, 0x3f8",
+    "in al, dx",
+    "out dx, al",
+    "cmp al, 0x71",
+    "jne 2b",
+    "mov dx, 0x600",
+    "mov al, 0x34",
+    "out dx, al",
+    "4: hlt",
+    "jmp 4b",
+);
+
+// Starts all other processors by INIT and SIPI; each prints p once. When as many as the first character of the command line
+// says have done so, prints B and powers off.
+guest!(
+    starts_all_processors, smp_start, smp_end, pvh: false,
+    ".code64",
+    "mov ebx, [rsi + 0x228]",
+    "movzx ebx, byte ptr [rbx]",
+    "sub ebx, 0x30",
+    // The trampoline goes to 0x8000, its counter is at 0x8800.
+    "lea rsi, [rip + 5f]",
+    "mov edi, 0x8000",
+    "mov ecx, 64",
+    "rep movsb",
+    // Local APIC in x2APIC mode.
+    "mov ecx, 0x1b",
+    "rdmsr",
+    "or eax, 0xc00",
+    "wrmsr",
+    "mov ecx, 0x80f",
+    "mov eax, 0x1ff",
+    "xor edx, edx",
+    "wrmsr",
+    // INIT, then SIPI with vector 8, to all but self.
+    "mov ecx, 0x830",
+    "mov eax, 0xc4500",
+    "wrmsr",
+    "mov eax, 0xc4608",
+    "wrmsr",
+    "2: pause",
+    "cmp word ptr [0x8800], bx",
+    "jb 2b",
+    "mov dx, 0x3f8",
+    "mov al, 0x42",
+    "out dx, al",
+    "mov dx, 0x600",
+    "mov al, 0x34",
+    "out dx, al",
+    "4: hlt",
+    "jmp 4b",
+    "5:",
+    ".code16",
+    "xor ax, ax",
+    "mov ds, ax",
+    "mov dx, 0x3f8",
+    "mov al, 0x70",
+    "out dx, al",
+    "lock inc word ptr [0x8800]",
+    "6: hlt",
+    "jmp 6b",
+);
+
+// A driver for the entropy device: finds it as device 1 of bus 0, gets 16 bytes with an MSI-X interrupt, resets it.
+guest!(
+    drives_the_entropy_device, rng_start, rng_end, pvh: true,
+    ".code32",
+    "mov esp, 0x300000",
+    // Vendor 1af4, device 1044; else print X.
+    "mov esi, 0xe0008000",
+    "cmp dword ptr [esi], 0x10441af4",
+    "jne 9f",
+    // The size of BAR 0 is 32 KiB; then it is put back and decoded, and the device masters the bus.
+    "mov edi, [esi + 0x10]",
+    "and edi, 0xfffffff0",
+    "mov dword ptr [esi + 0x10], 0xffffffff",
+    "mov eax, [esi + 0x10]",
+    "and eax, 0xfffffff0",
+    "cmp eax, 0xffff8000",
+    "jne 9f",
+    "mov [esi + 0x10], edi",
+    "mov word ptr [esi + 4], 6",
+    // The list of capabilities, up to MSI-X.
+    "movzx eax, byte ptr [esi + 0x34]",
+    "2: cmp byte ptr [esi + eax], 0x11",
+    "je 3f",
+    "movzx eax, byte ptr [esi + eax + 1]",
+    "test eax, eax",
+    "jz 9f",
+    "jmp 2b",
+    // Vector 1 is interrupt 0x40 of processor 0.
+    "3: mov dword ptr [edi + 0x4010], 0xfee00000",
+    "mov dword ptr [edi + 0x4014], 0",
+    "mov dword ptr [edi + 0x4018], 0x40",
+    "mov dword ptr [edi + 0x401c], 0",
+    "mov word ptr [esi + eax + 2], 0x8000",
+    // Its gate, at 0x200200 in a table at 0x200000; code segment 0x10.
+    "call 4f",
+    // The interrupt, whose address the call leaves on the stack: the buffer is used, with 16 bytes that are not all zero.
+    "mov dword ptr [0xfee000b0], 0",
+    "cmp word ptr [0x212002], 1",
+    "jne 9f",
+    "cmp dword ptr [0x212008], 16",
+    "jne 9f",
+    "mov eax, [0x213000]",
+    "or eax, [0x213004]",
+    "or eax, [0x213008]",
+    "or eax, [0x21300c]",
+    "jz 9f",
+    // Reset, and wait for its end.
+    "mov byte ptr [edi + 0x14], 0",
+    "6: cmp byte ptr [edi + 0x14], 0",
+    "jne 6b",
+    "cmp word ptr [edi + 0x1c], 0",
+    "jne 9f",
+    "mov al, 0x52",
+    "mov dx, 0x3f8",
+    "out dx, al",
+    "mov dx, 0x600",
+    "mov al, 0x34",
+    "out dx, al",
+    "7: hlt",
+    "jmp 7b",
+    "4: pop eax",
+    "mov word ptr [0x200200], ax",
+    "mov word ptr [0x200202], 0x10",
+    "mov word ptr [0x200204], 0x8e00",
+    "shr eax, 16",
+    "mov word ptr [0x200206], ax",
+    "mov word ptr [0x201000], 0x3ff",
+    "mov dword ptr [0x201002], 0x200000",
+    "lidt [0x201000]",
+    "mov dword ptr [0xfee000f0], 0x1ff",
+    "sti",
+    // Virtio: acknowledge, driver, features: version 1 only.
+    "mov byte ptr [edi + 0x14], 0",
+    "mov byte ptr [edi + 0x14], 1",
+    "mov byte ptr [edi + 0x14], 3",
+    "mov dword ptr [edi + 8], 1",
+    "mov dword ptr [edi + 12], 1",
+    "mov byte ptr [edi + 0x14], 11",
+    "test byte ptr [edi + 0x14], 8",
+    "jz 9f",
+    // Queue 0 of 8 entries with vector 1: descriptors 0x210000, available 0x211000, used 0x212000.
+    "mov word ptr [edi + 0x16], 0",
+    "mov word ptr [edi + 0x18], 8",
+    "mov word ptr [edi + 0x1a], 1",
+    "cmp word ptr [edi + 0x1a], 1",
+    "jne 9f",
+    "mov dword ptr [edi + 0x20], 0x210000",
+    "mov dword ptr [edi + 0x28], 0x211000",
+    "mov dword ptr [edi + 0x30], 0x212000",
+    "mov word ptr [edi + 0x1c], 1",
+    "mov byte ptr [edi + 0x14], 15",
+    // One buffer of 16 bytes for the device to write, at 0x213000.
+    "mov dword ptr [0x210000], 0x213000",
+    "mov dword ptr [0x210004], 0",
+    "mov dword ptr [0x210008], 16",
+    "mov dword ptr [0x21000c], 2",
+    "mov word ptr [0x211004], 0",
+    "mov word ptr [0x211002], 1",
+    "mov word ptr [edi + 0x3000], 0",
+    "5: hlt",
+    "jmp 5b",
+    // Something is not as it should be.
+    "9: mov al, 0x58",
+    "mov dx, 0x3f8",
+    "out dx, al",
+    "mov dx, 0x600",
+    "mov al, 0x34",
+    "out dx, al",
+    "jmp 5b",
+);

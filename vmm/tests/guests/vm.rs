@@ -1,0 +1,207 @@
+//! One VMM process of a test: started as a user or an agent starts it, with its seccomp filters on.
+
+use std::io::{self, Read, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::OnceLock;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread;
+use std::time::Duration;
+
+use blixard_vmm::probe::{self, Answer};
+use blixard_vmm_api::control::{FromVmm, MESSAGE_BYTES_MAX, Reply, Request, Status};
+use tempfile::TempDir;
+
+use crate::code::Guest;
+
+/// Longest that a VM of a test may live.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// True when this machine runs small guests. Otherwise one line says that the tests are skipped, and why.
+pub fn possible() -> bool {
+    static POSSIBLE: OnceLock<bool> = OnceLock::new();
+    *POSSIBLE.get_or_init(|| match probe::probe() {
+        Answer::NoKvm { reason } => {
+            // Not by println, which the harness hides for tests that pass.
+            let _ = writeln!(io::stderr(), "skipped: tests with guests: no kvm ({reason})");
+            false
+        }
+        _ => true,
+    })
+}
+
+/// A running VMM.
+pub struct Vm {
+    child: Child,
+    directory: TempDir,
+    output: thread::JoinHandle<String>,
+    problems: thread::JoinHandle<String>,
+    printed: Receiver<u8>,
+    over: Sender<()>,
+    /// What is typed.
+    pub stdin: Option<ChildStdin>,
+}
+
+/// How a VMM ended.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Ended {
+    /// Exit code; none when a signal ended it.
+    pub code: Option<i32>,
+    /// What the guest printed.
+    pub output: String,
+    /// What the VMM said.
+    pub problems: String,
+}
+
+impl Vm {
+    /// Runs `guest` with more arguments; `DIR` in them is a fresh directory.
+    pub fn run(guest: Guest, arguments: &[&str]) -> Self {
+        Self::run_file(&guest.elf(), arguments)
+    }
+
+    /// Runs a kernel with this content.
+    pub fn run_file(kernel: &[u8], arguments: &[&str]) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("kernel");
+        std::fs::write(&path, kernel).unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_blixard-vmm"));
+        command.args(["run", "--kernel"]).arg(path);
+        let place = directory.path().to_str().unwrap();
+        command.args(arguments.iter().map(|a| a.replace("DIR", place)));
+        Self::spawn(command, directory)
+    }
+
+    /// Starts `command`.
+    pub fn spawn(mut command: Command, directory: TempDir) -> Self {
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let (mut stdout, mut stderr) = (child.stdout.take().unwrap(), child.stderr.take().unwrap());
+        let (sender, printed) = channel();
+        let output = thread::spawn(move || {
+            let (mut all, mut part) = (vec![], [0; 4096]);
+            while let Ok(count @ 1..) = stdout.read(&mut part) {
+                all.extend_from_slice(&part[..count]);
+                for byte in &part[..count] {
+                    let _ = sender.send(*byte);
+                }
+            }
+            String::from_utf8_lossy(&all).into_owned()
+        });
+        let problems = thread::spawn(move || {
+            let mut all = String::new();
+            let _ = stderr.read_to_string(&mut all);
+            all
+        });
+        let (over, ended) = channel();
+        let process = child.id();
+        thread::spawn(move || {
+            if ended.recv_timeout(LIMIT) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
+                // SAFETY: no pointers are involved; the child was not waited for, so the number is still its.
+                unsafe { libc::kill(process.cast_signed(), libc::SIGKILL) };
+            }
+        });
+        let stdin = child.stdin.take();
+        Self { child, directory, output, problems, printed, over, stdin }
+    }
+
+    /// A path in the directory of this VM.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    /// Number of the process.
+    pub fn process(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Waits until the guest has printed this byte.
+    pub fn wait_for(&self, byte: u8) {
+        loop {
+            match self.printed.recv_timeout(LIMIT) {
+                Ok(printed) if printed == byte => return,
+                Ok(_) => {}
+                Err(error) => panic!("the guest did not print {:?}: {error}", char::from(byte)),
+            }
+        }
+    }
+
+    /// Waits for the end.
+    pub fn end(mut self) -> Ended {
+        let status = self.child.wait().unwrap();
+        let _ = self.over.send(());
+        let (output, problems) = (self.output.join().unwrap(), self.problems.join().unwrap());
+        Ended { code: status.code(), output, problems }
+    }
+
+    /// Connects to the control socket, which the VM was given as `DIR/control`.
+    pub fn control(&self) -> Control {
+        Control(connect(&self.path("control")).expect("control socket"))
+    }
+}
+
+/// A connection to a control socket.
+pub struct Control(OwnedFd);
+
+fn connect(path: &Path) -> io::Result<OwnedFd> {
+    // SAFETY: no pointers are involved.
+    let fd = unsafe { libc::socket(libc::AF_UNIX, libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC, 0) };
+    assert!(fd >= 0);
+    // SAFETY: the descriptor was just made and nobody else owns it.
+    let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+    let mut address = libc::sockaddr_un { sun_family: 1, sun_path: [0; 108] };
+    for (to, from) in address.sun_path.iter_mut().zip(path.as_os_str().as_bytes()) {
+        *to = from.cast_signed();
+    }
+    let size = size_of::<libc::sockaddr_un>() as u32;
+    // SAFETY: the pointer is to an address of that size.
+    match unsafe { libc::connect(socket.as_raw_fd(), (&raw const address).cast(), size) } {
+        0 => Ok(socket),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+impl Control {
+    /// Sends bytes as one datagram.
+    pub fn send(&self, bytes: &[u8]) {
+        // SAFETY: pointer and length are those of a slice.
+        let sent =
+            unsafe { libc::send(self.0.as_raw_fd(), bytes.as_ptr().cast(), bytes.len(), libc::MSG_NOSIGNAL) };
+        assert_eq!(sent, bytes.len().cast_signed(), "{}", io::Error::last_os_error());
+    }
+
+    /// The next message; none when the connection has ended.
+    pub fn receive(&self) -> Option<FromVmm> {
+        let mut bytes = vec![0; MESSAGE_BYTES_MAX];
+        // SAFETY: pointer and length are those of the buffer.
+        let got = unsafe { libc::recv(self.0.as_raw_fd(), bytes.as_mut_ptr().cast(), bytes.len(), 0) };
+        let count = usize::try_from(got).unwrap_or(0);
+        (count > 0).then(|| serde_json::from_slice(&bytes[..count]).unwrap())
+    }
+
+    /// Asks and gets the answer.
+    pub fn ask(&self, request: &Request) -> Reply {
+        self.send(&serde_json::to_vec(request).unwrap());
+        match self.receive() {
+            Some(FromVmm::Reply(reply)) => reply,
+            other => panic!("{other:?} instead of a reply"),
+        }
+    }
+
+    /// How the VM is.
+    pub fn status(&self) -> Status {
+        match self.ask(&Request::Status) {
+            Reply::Status(status) => status,
+            other => panic!("{other:?} instead of a status"),
+        }
+    }
+
+    /// Bytes the guest has printed.
+    pub fn printed(&self) -> u64 {
+        match self.ask(&Request::Stats) {
+            Reply::Stats(stats) => stats["console.printed_bytes"],
+            other => panic!("{other:?} instead of counters"),
+        }
+    }
+}
