@@ -64,7 +64,8 @@ pub fn apply_layer(tree: &mut Tree, spool: &Spool, archive: Region) -> Result<()
     }
     let mut entries = Archive::verified(spool, archive);
     while let Some(entry) = entries.next()? {
-        if !split_last(&entry.path).1.starts_with(WHITEOUT) {
+        let is_marked = entry.path.split(|byte| *byte == b'/').any(|name| name.starts_with(WHITEOUT));
+        if !is_marked {
             place(tree, entry)?;
         }
     }

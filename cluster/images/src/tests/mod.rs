@@ -13,7 +13,7 @@ use std::io::{Read, Seek};
 use ::tar::{Builder, EntryType, Header};
 
 use crate::erofs::reader::{Found, read};
-use crate::{ImageSource, ImportError, ImportedImage, Limits, import_rootfs};
+use crate::{ImageSource, ImportError, ImportedImage, Limits, hex, import_rootfs};
 
 type Paths = BTreeMap<Vec<u8>, Found>;
 
