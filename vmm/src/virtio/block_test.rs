@@ -179,6 +179,23 @@ fn what_is_not_on_the_disk_is_refused() {
 }
 
 #[test]
+fn a_range_longer_than_was_promised_is_refused() {
+    let mut disk = Disk::new(&pattern(512), false);
+    disk.machine.reset();
+    // Sparse: nothing is stored.
+    disk.file.set_len(1 << 30).unwrap();
+    disk.machine.device = Block::new("disk-0", fd_of(&disk.file), false).unwrap();
+    disk.machine.activate();
+    let mut config = [0; 60];
+    disk.machine.device.config().read(0, &mut config);
+    let limit = |at: usize| u32::from_le_bytes(config[at..at + 4].try_into().unwrap());
+    for (kind, most) in [(DISCARD, limit(36)), (WRITE_ZEROES, limit(48))] {
+        assert_eq!(disk.status(kind, 0, &ranges(&[(0, most, 0)]), 0), OK);
+        assert_eq!(disk.status(kind, 0, &ranges(&[(0, most + 1, 0)]), 0), IOERR);
+    }
+}
+
+#[test]
 fn a_read_only_disk_refuses_all_that_changes_it() {
     let mut disk = Disk::new(&pattern(8 * 512), true);
     assert_eq!(disk.status(OUT, 0, &[1; 512], 0), IOERR);
@@ -278,6 +295,24 @@ fn what_is_in_flight_is_finished_before_a_pause_or_a_reset_ends() {
         assert_eq!(disk.machine.events.watched(), 0);
         disk.machine.activate();
         assert_eq!(disk.status(IN, 0, &[], 512), OK);
+    }
+}
+
+#[test]
+fn a_pause_waits_for_flushes_under_way() {
+    for engine in ENGINES {
+        let mut disk = Disk::with(&pattern(512), false, engine, F_FLUSH);
+        let at = disk.machine.buffers;
+        for i in 0..40 {
+            disk.header(at + 32 * i, FLUSH, 0);
+            let buffers = [Buffer::Readable(at + 32 * i, 16), Buffer::Writable(at + 32 * i + 16, 1)];
+            disk.machine.queues[0].post(&buffers).unwrap();
+        }
+        disk.machine.kick(0);
+        disk.machine.device.on_pause(true, &mut disk.machine.events);
+        assert_eq!(disk.count("in_flight"), 0);
+        let used = std::iter::from_fn(|| disk.machine.queues[0].take_used()).count();
+        assert_eq!(used, 40, "all that was begun is answered when the pause begins");
     }
 }
 

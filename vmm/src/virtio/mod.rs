@@ -13,6 +13,7 @@ pub mod failure;
 pub mod guest_driver;
 pub mod iovec;
 pub mod net;
+mod net_queues;
 pub mod net_tap;
 #[cfg(test)]
 mod net_test;
@@ -22,10 +23,15 @@ mod queue_test;
 pub mod rng;
 pub mod socket;
 pub mod transport;
+#[cfg(test)]
+mod transport_test;
 pub mod turn;
 pub mod vsock;
+mod vsock_clients;
 pub mod vsock_link;
 pub mod vsock_packet;
 pub mod vsock_stream;
+#[cfg(test)]
+mod vsock_echo_test;
 #[cfg(test)]
 mod vsock_test;

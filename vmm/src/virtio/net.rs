@@ -13,7 +13,6 @@
 //! So a full queue together with a full tap cannot leave both sides waiting for each other: whoever gets room next is
 //! watched.
 
-use std::collections::VecDeque;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -21,19 +20,14 @@ use std::sync::Arc;
 use blixard_vmm_api::config::MacAddr;
 use vmm_sys_util::epoll::EventSet;
 
-use super::chain::{Chain, ChainError};
-use super::device::{Activation, ConfigSpace, Device, DeviceKind, GuestMemory, Interrupt, Watch};
+use super::device::{Activation, ConfigSpace, Device, DeviceKind, Interrupt, Watch};
 use super::failure::Failure;
-use super::iovec::IoVecs;
-use super::net_tap::{FRAME_MAX, HEADER, Outcome, Tap, TapError, offload};
-use super::queue::{Queue, QueueError};
+use super::net_queues::{FromGuest, Host, NetFailure, Stop, ToGuest};
+use super::net_tap::{Tap, TapError, offload};
+use super::queue::Queue;
 use super::turn::Turn;
 
-/// Frames in one direction before other devices get their turn.
-const FRAMES_PER_TURN: usize = 64;
 const QUEUE_SIZES: [u16; 2] = [256, 256];
-/// Place of `num_buffers` in the header.
-const NUM_BUFFERS_AT: usize = 10;
 const TURN: u64 = 0;
 const TAP: u64 = 1;
 
@@ -71,19 +65,6 @@ pub enum NetError {
     Event(#[source] io::Error),
 }
 
-/// Why the device stopped until its next reset.
-#[derive(Debug, thiserror::Error)]
-enum NetFailure {
-    #[error("queue")]
-    Queue(#[from] QueueError),
-    #[error("frame buffer")]
-    Chain(#[from] ChainError),
-    #[error("events of the device")]
-    Event(#[source] io::Error),
-    #[error("offloads of the tap")]
-    Offload(#[source] io::Error),
-}
-
 /// The device.
 pub struct Net {
     mac: MacAddr,
@@ -98,64 +79,12 @@ pub struct Net {
     failure: Failure,
 }
 
-/// The host's side.
-struct Host {
-    tap: Tap,
-    gone: bool,
-    /// A frame that could not go straight into guest memory. Allocated with the first of them.
-    frame: Vec<u8>,
-    counts: Counts,
-}
-
-#[derive(Default)]
-struct Counts {
-    received: u64,
-    received_bytes: u64,
-    received_dropped: u64,
-    received_copied: u64,
-    sent: u64,
-    sent_bytes: u64,
-    sent_dropped: u64,
-}
-
 struct Active {
     interrupt: Arc<dyn Interrupt>,
     to_guest: ToGuest,
     from_guest: FromGuest,
     /// What of the tap is watched.
     watched: u32,
-}
-
-/// Frames to the guest.
-struct ToGuest {
-    memory: Arc<GuestMemory>,
-    queue: Queue,
-    mergeable: bool,
-    /// Chains taken and not yet filled, and their pieces in the same order.
-    held: VecDeque<Chain>,
-    room: IoVecs,
-    /// Bytes of the frame in [`Host::frame`] that waits for buffers.
-    waiting: Option<usize>,
-}
-
-/// Frames from the guest.
-struct FromGuest {
-    memory: Arc<GuestMemory>,
-    queue: Queue,
-    frame: IoVecs,
-    /// A frame that the tap had no room for.
-    waiting: Option<Chain>,
-}
-
-/// Why a direction stopped.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Stop {
-    /// The tap has no frame, or no room.
-    Tap,
-    /// The driver has no buffer, or no frame.
-    Driver,
-    /// Its turn is over.
-    Turn,
 }
 
 impl Net {
@@ -183,7 +112,7 @@ impl Net {
             mtu,
             config: ConfigSpace::new(config_bytes(mac, true, mtu)),
             link: true,
-            host: Host { tap, gone: false, frame: Vec::new(), counts: Counts::default() },
+            host: Host::new(tap),
             turn: Turn::new().map_err(NetError::Event)?,
             active: None,
             paused: false,
@@ -252,181 +181,6 @@ impl Active {
     }
 }
 
-impl ToGuest {
-    fn stop(&mut self) {
-        self.queue = Queue::disabled(0);
-        self.held.clear();
-        self.room.clear();
-    }
-
-    fn run(&mut self, host: &mut Host) -> Result<Stop, NetFailure> {
-        if !self.queue.is_enabled() || host.gone {
-            return Ok(Stop::Driver);
-        }
-        for _ in 0..FRAMES_PER_TURN {
-            if let Some(length) = self.waiting {
-                if !self.scatter(length, host)? {
-                    return Ok(Stop::Driver);
-                }
-                self.waiting = None;
-                continue;
-            }
-            self.hold(FRAME_MAX)?;
-            // Without mergeable buffers a frame has to fit in one chain.
-            let room = if self.mergeable { self.room.left() } else { self.first_length() };
-            if room == 0 {
-                return Ok(Stop::Driver);
-            }
-            let straight = room >= FRAME_MAX;
-            let outcome = if straight {
-                host.tap.receive(&self.room)
-            } else {
-                host.frame.resize(FRAME_MAX, 0);
-                host.tap.receive_here(&mut host.frame)
-            };
-            match outcome {
-                Outcome::Done(length) if length < HEADER => host.counts.received_dropped += 1,
-                Outcome::Done(length) if straight => self.give_back(length, host)?,
-                Outcome::Done(length) => self.waiting = Some(length),
-                Outcome::Refused => host.counts.received_dropped += 1,
-                Outcome::Wait => return Ok(Stop::Tap),
-                Outcome::Gone => {
-                    host.gone = true;
-                    return Ok(Stop::Driver);
-                }
-            }
-        }
-        Ok(Stop::Turn)
-    }
-
-    fn first_length(&self) -> usize {
-        self.held.front().map_or(0, |chain| chain.writable_length() as usize)
-    }
-
-    /// Takes chains until they have `wanted` bytes, or there are no more and the driver kicks for the next one.
-    fn hold(&mut self, wanted: usize) -> Result<(), NetFailure> {
-        while self.room.left() < wanted && (self.mergeable || self.held.is_empty()) {
-            match self.queue.pop()? {
-                Some(chain) => {
-                    let before = self.room.count();
-                    let all = self.room.add_writable(chain.writer(&self.memory))?;
-                    let empty = self.room.count() == before;
-                    self.held.push_back(chain);
-                    if !all || empty {
-                        // More pieces than one call takes, or nothing to fill: no driver does that.
-                        let left = self.room.left();
-                        return Err(ChainError::TooShort { wanted, left }.into());
-                    }
-                }
-                None if self.queue.enable_kicks()? => {}
-                None => break,
-            }
-        }
-        Ok(())
-    }
-
-    /// Copies the waiting frame into chains; false when there are too few.
-    fn scatter(&mut self, length: usize, host: &mut Host) -> Result<bool, NetFailure> {
-        self.hold(length)?;
-        if self.held.is_empty() || (self.mergeable && self.room.left() < length) {
-            return Ok(false);
-        }
-        if !self.mergeable && self.first_length() < length {
-            // It is longer than what the driver promised to take, and the next chain is no longer.
-            host.counts.received_dropped += 1;
-            return Ok(true);
-        }
-        let mut rest = host.frame.get(..length).unwrap_or_default();
-        for chain in &self.held {
-            let (part, behind) = rest.split_at(rest.len().min(chain.writable_length() as usize));
-            chain.writer(&self.memory).write(part)?;
-            rest = behind;
-            if rest.is_empty() {
-                break;
-            }
-        }
-        host.counts.received_copied += 1;
-        self.give_back(length, host)?;
-        Ok(true)
-    }
-
-    /// Gives back the chains that a frame of `length` bytes filled.
-    fn give_back(&mut self, length: usize, host: &mut Host) -> Result<(), NetFailure> {
-        let (mut count, mut covered) = (0, 0);
-        for chain in &self.held {
-            count += 1;
-            covered += chain.writable_length() as usize;
-            if covered >= length {
-                break;
-            }
-        }
-        if let Some(first) = self.held.front() {
-            let mut header = first.writer(&self.memory);
-            header.split(NUM_BUFFERS_AT)?;
-            header.write(&u16::to_le_bytes(count))?;
-        }
-        let mut rest = u32::try_from(length).unwrap_or(0);
-        for _ in 0..count {
-            let Some(chain) = self.held.pop_front() else { break };
-            self.room.drop_front(chain.writable_pieces());
-            let filled = rest.min(chain.writable_length());
-            rest -= filled;
-            self.queue.add_used(chain, filled)?;
-        }
-        host.counts.received += 1;
-        host.counts.received_bytes += (length - HEADER) as u64;
-        Ok(())
-    }
-}
-
-impl FromGuest {
-    fn stop(&mut self) {
-        self.queue = Queue::disabled(1);
-        self.waiting = None;
-    }
-
-    fn run(&mut self, host: &mut Host) -> Result<Stop, NetFailure> {
-        if !self.queue.is_enabled() {
-            return Ok(Stop::Driver);
-        }
-        for _ in 0..FRAMES_PER_TURN {
-            let chain = match self.waiting.take() {
-                Some(chain) => chain,
-                None => match self.queue.pop()? {
-                    Some(chain) => chain,
-                    None if self.queue.enable_kicks()? => continue,
-                    None => return Ok(Stop::Driver),
-                },
-            };
-            let length = chain.readable_length() as usize;
-            if host.gone || length <= HEADER || length > FRAME_MAX {
-                host.counts.sent_dropped += 1;
-                self.queue.add_used(chain, 0)?;
-                continue;
-            }
-            self.frame.clear();
-            self.frame.add_readable(chain.reader(&self.memory))?;
-            match host.tap.send(&self.frame) {
-                Outcome::Done(_) => {
-                    host.counts.sent += 1;
-                    host.counts.sent_bytes += (length - HEADER) as u64;
-                }
-                Outcome::Wait => {
-                    self.waiting = Some(chain);
-                    return Ok(Stop::Tap);
-                }
-                Outcome::Refused => host.counts.sent_dropped += 1,
-                Outcome::Gone => {
-                    host.gone = true;
-                    host.counts.sent_dropped += 1;
-                }
-            }
-            self.queue.add_used(chain, 0)?;
-        }
-        Ok(Stop::Turn)
-    }
-}
-
 /// `struct virtio_net_config` (virtio 1.3 section 5.1.4).
 fn config_bytes(mac: MacAddr, link: bool, mtu: u16) -> Vec<u8> {
     let mut bytes = mac.0.to_vec();
@@ -483,16 +237,8 @@ impl Device for Net {
             return;
         }
         let memory = Arc::new(memory);
-        let to_guest = ToGuest {
-            memory: Arc::clone(&memory),
-            queue: receiving,
-            mergeable: features & feature::MRG_RXBUF != 0,
-            held: VecDeque::new(),
-            room: IoVecs::new(&memory),
-            waiting: None,
-        };
-        let frame = IoVecs::new(&memory);
-        let from_guest = FromGuest { memory, queue: sending, frame, waiting: None };
+        let to_guest = ToGuest::new(&memory, receiving, features & feature::MRG_RXBUF != 0);
+        let from_guest = FromGuest::new(&memory, sending);
         self.active = Some(Active { interrupt, to_guest, from_guest, watched: 0 });
         self.run(watch);
     }

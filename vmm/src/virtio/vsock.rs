@@ -26,18 +26,13 @@ use super::iovec::IoVecs;
 use super::queue::{Queue, QueueError};
 use super::socket;
 use super::turn::Turn;
+use super::vsock_clients::Clients;
 use super::vsock_link::{LinkEnd, LinkSender, Outbox};
 use super::vsock_packet::{HEADER_LENGTH, HOST_CID, Header, Operation, TYPE_STREAM};
 use super::vsock_stream::{Ports, Stream};
 
 /// Most streams, and clients that have not said yet what they want.
 pub const STREAMS_MAX: usize = 1024;
-/// How long a client may take for its first line.
-pub const LINE_TIME: Duration = Duration::from_secs(2);
-/// Longest first line in bytes.
-pub const LINE_MAX: usize = 32;
-
-const WAITING_MAX: usize = 128;
 /// Resets that wait for the guest to take them; behind that its packets wait.
 const RESETS_MAX: usize = 128;
 const PACKETS_PER_TURN: usize = 128;
@@ -114,12 +109,6 @@ struct Counts {
     opened: u64,
 }
 
-/// A client that has not said yet what it wants.
-struct Waiting {
-    socket: OwnedFd,
-    deadline: Instant,
-}
-
 struct Active {
     memory: Arc<GuestMemory>,
     interrupt: Arc<dyn Interrupt>,
@@ -128,7 +117,7 @@ struct Active {
     /// A chain taken for a packet that did not come about.
     empty: Option<Chain>,
     buffers: IoVecs,
-    waiting: BTreeMap<u64, Waiting>,
+    clients: Clients,
     streams: BTreeMap<u64, Stream>,
     by_ports: BTreeMap<Ports, u64>,
     /// Streams with something for the guest.
@@ -138,8 +127,6 @@ struct Active {
     next_id: u64,
     next_port: u32,
     guest_cid: u64,
-    /// The listener may have clients.
-    clients: bool,
 }
 
 impl Vsock {
@@ -298,62 +285,31 @@ impl Active {
 
     fn accept(&mut self, host: &Host, watch: &mut dyn Watch) -> bool {
         for _ in 0..CLIENTS_PER_TURN {
-            let full =
-                self.waiting.len() >= WAITING_MAX || self.streams.len() + self.waiting.len() >= STREAMS_MAX;
-            if !self.clients || full {
+            if self.is_full() {
                 return false;
             }
-            match socket::accept(host.listener.as_fd()) {
-                Ok(client) => self.add_client(client, watch),
-                Err(error) => match error.kind() {
-                    io::ErrorKind::WouldBlock => self.clients = false,
-                    io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted => {}
-                    // No descriptor is left, for example: try again when a stream ends or the timer ticks.
-                    _ => return false,
-                },
+            let id = self.next_id;
+            if !self.clients.accept(host.listener.as_fd(), id, watch) {
+                return false;
             }
+            self.next_id += 1;
+            // What was there before the watch began is reported by its first event; looking now saves that round.
+            self.on_line(id, 0, watch);
         }
         true
     }
 
-    fn add_client(&mut self, client: OwnedFd, watch: &mut dyn Watch) {
-        let id = self.next_id;
-        self.next_id += 1;
-        let events = EventSet::IN | EventSet::OUT | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
-        if watch.add(client.as_raw_fd(), events.bits(), id).is_err() {
-            return;
-        }
-        self.waiting.insert(id, Waiting { socket: client, deadline: Instant::now() + LINE_TIME });
-        // What was there before the watch began is reported by its first event; looking now saves that round.
-        self.on_line(id, 0, watch);
+    fn is_full(&self) -> bool {
+        self.streams.len() + self.clients.count() >= STREAMS_MAX
     }
 
     /// Looks whether a client has written its line.
     fn on_line(&mut self, id: u64, events: u32, watch: &mut dyn Watch) {
-        let Some(Waiting { socket, .. }) = self.waiting.get(&id) else { return };
-        let ended = EventSet::READ_HANG_UP | EventSet::HANG_UP | EventSet::ERROR;
-        let mut line = [0; LINE_MAX];
-        // Only looked at first, so that what comes after the line stays in the socket.
-        let port = match socket::receive(socket.as_fd(), &mut line, true) {
-            Ok(count) => {
-                let seen = line.get(..count).unwrap_or_default();
-                match seen.iter().position(|byte| *byte == b'\n') {
-                    Some(end) => {
-                        let taken = line.get_mut(..=end).unwrap_or_default();
-                        let whole = socket::receive(socket.as_fd(), taken, false).is_ok_and(|n| n == end + 1);
-                        parse_line(taken).filter(|_| whole)
-                    }
-                    None if count < LINE_MAX && events & ended.bits() == 0 && count > 0 => return,
-                    None => None,
-                }
+        if let Some((port, socket)) = self.clients.on_line(id, events, watch) {
+            match self.free_port() {
+                Some(ours) => self.open(id, (ours, port), socket),
+                None => watch.remove(socket.as_raw_fd()),
             }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock && events & ended.bits() == 0 => return,
-            Err(_) => None,
-        };
-        let Some(Waiting { socket, .. }) = self.waiting.remove(&id) else { return };
-        match port.and_then(|port| self.free_port().map(|ours| (ours, port))) {
-            Some(ports) => self.open(id, ports, socket),
-            None => watch.remove(socket.as_raw_fd()),
         }
     }
 
@@ -376,7 +332,7 @@ impl Active {
     }
 
     fn on_socket(&mut self, id: u64, events: u32, watch: &mut dyn Watch) {
-        if self.waiting.contains_key(&id) {
+        if self.clients.contains(id) {
             self.on_line(id, events, watch);
         } else if let Some(stream) = self.streams.get_mut(&id) {
             stream.on_socket(events);
@@ -385,15 +341,12 @@ impl Active {
     }
 
     fn has_deadlines(&self) -> bool {
-        !self.waiting.is_empty() || self.clients || self.streams.values().any(|s| s.deadline().is_some())
+        self.clients.have_deadlines() || self.streams.values().any(|s| s.deadline().is_some())
     }
 
     fn on_tick(&mut self, watch: &mut dyn Watch) {
         let now = Instant::now();
-        let late = self.waiting.extract_if(.., |_, client| client.deadline <= now);
-        for (_, client) in late {
-            watch.remove(client.socket.as_raw_fd());
-        }
+        self.clients.on_tick(now, watch);
         let late = self.streams.iter_mut().filter(|(_, s)| s.deadline().is_some_and(|d| d <= now));
         let late: Vec<u64> = late.map(|(id, stream)| (stream.on_deadline(), *id).1).collect();
         for id in late {
@@ -402,9 +355,7 @@ impl Active {
     }
 
     fn close_all(&mut self, watch: &mut dyn Watch) {
-        for client in std::mem::take(&mut self.waiting).into_values() {
-            watch.remove(client.socket.as_raw_fd());
-        }
+        self.clients.close_all(watch);
         for stream in std::mem::take(&mut self.streams).into_values() {
             if let Some(socket) = stream.socket() {
                 watch.remove(socket.as_raw_fd());
@@ -414,7 +365,6 @@ impl Active {
         self.ready.clear();
         self.resets.clear();
         self.link = None;
-        self.clients = false;
     }
 
     // The guest's side.
@@ -541,7 +491,7 @@ impl Active {
             }
             self.tend(id, watch);
         }
-        if self.streams.len() + self.waiting.len() >= STREAMS_MAX {
+        if self.is_full() {
             return self.refuse(request);
         }
         let id = self.next_id;
@@ -553,13 +503,6 @@ impl Active {
         self.link = Some(id);
         self.poke(id);
     }
-}
-
-/// The port in `CONNECT <port>\n`.
-fn parse_line(line: &[u8]) -> Option<u32> {
-    let port = line.strip_prefix(b"CONNECT ")?.strip_suffix(b"\n")?;
-    let digits = !port.is_empty() && port.iter().all(u8::is_ascii_digit);
-    std::str::from_utf8(port).ok().filter(|_| digits)?.parse().ok()
 }
 
 impl Device for Vsock {
@@ -597,7 +540,7 @@ impl Device for Vsock {
             empty: None,
             buffers: IoVecs::new(&memory),
             memory,
-            waiting: BTreeMap::new(),
+            clients: Clients::new(),
             streams: BTreeMap::new(),
             by_ports: BTreeMap::new(),
             ready: VecDeque::new(),
@@ -605,7 +548,6 @@ impl Device for Vsock {
             link: None,
             next_id: CLIENT_FIRST,
             next_port: PORT_FIRST,
-            clients: true,
             guest_cid: self.host.cid,
         });
         self.run(watch);
@@ -619,7 +561,7 @@ impl Device for Vsock {
         let Some(active) = self.active.as_mut() else { return };
         match token {
             TURN => self.host.turn.take(),
-            LISTENER => active.clients = true,
+            LISTENER => active.clients.on_listener(),
             TIMER => {
                 // How many ticks passed does not matter.
                 let _ticks = self.host.timer.wait();
