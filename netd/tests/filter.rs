@@ -16,7 +16,7 @@ use proptest::prelude::*;
 use support::nft;
 use support::{
     ARP, BROADCAST, Guest, IPV4, IPV6, alone, arp, contains, default_network, echo, ethernet, icmp6, ip,
-    ipv4, network, nic, run, udp, udp6,
+    ipv4, network, nic, run, udp, udp6, unreachable,
 };
 
 const EVIL: &[u8] = b"this must not arrive";
@@ -219,9 +219,19 @@ fn frames_for_an_unknown_address_are_not_shown_to_the_neighbour() {
     assert!(seen(&mut a, &mut b, &[lost]).is_empty());
 }
 
+const READY: &[u8] = b"are you there?";
+
+/// Asks until there is an answer: a link takes its time to come up, and drops what comes before.
+fn wait_for(own: &str, beyond: &str) {
+    let socket = UdpSocket::bind(own).unwrap();
+    socket.set_read_timeout(Some(Duration::from_millis(20))).unwrap();
+    let answered = |_: &u32| socket.send_to(READY, beyond).is_ok() && socket.recv_from(&mut [0; 100]).is_ok();
+    assert!((0..500).find(answered).is_some(), "{beyond} does not answer");
+}
+
 /// A host beyond this one: a thread in another network namespace that answers what it is sent, and tells from whom it came.
 struct Outside {
-    heard: mpsc::Receiver<IpAddr>,
+    heard: mpsc::Receiver<(IpAddr, Vec<u8>)>,
     _end: mpsc::Sender<()>,
 }
 
@@ -232,6 +242,7 @@ impl Outside {
         ip("address add 192.0.2.1/24 dev uplink");
         ip("address add 2001:db8::1/64 dev uplink nodad");
         ip("link set uplink up");
+        ip("route add 169.254.0.0/16 via 192.0.2.2");
         let (tell, heard) = mpsc::channel();
         let (ready, is_ready) = mpsc::channel();
         let (moved, is_moved) = mpsc::channel::<()>();
@@ -243,20 +254,23 @@ impl Outside {
             ip("address add 192.0.2.2/24 dev beyond");
             ip("address add 2001:db8::2/64 dev beyond nodad");
             ip("link set beyond up");
+            ip("address add 169.254.169.254/32 dev beyond");
             ip("route add 10.88.0.0/16 via 192.0.2.1");
-            for address in ["192.0.2.2:7", "[2001:db8::2]:7"] {
+            for address in ["0.0.0.0:7", "[2001:db8::2]:7"] {
                 let (socket, tell) = (UdpSocket::bind(address).unwrap(), tell.clone());
                 let mut buffer = [0; 100];
                 std::thread::spawn(move || {
                     while let Ok((length, from)) = socket.recv_from(&mut buffer) {
-                        if tell.send(from.ip()).is_err() {
+                        if tell.send((from.ip(), buffer[..length].to_vec())).is_err() {
                             return;
                         }
                         socket.send_to(&buffer[..length], from).unwrap();
                     }
                 });
             }
+            ready.send(nix::unistd::gettid()).unwrap();
             // Knocks at the guest from outside, then says so.
+            is_moved.recv().unwrap();
             let knock = UdpSocket::bind("192.0.2.2:0").unwrap();
             knock.send_to(EVIL, "10.88.0.11:2000").unwrap();
             ready.send(nix::unistd::gettid()).unwrap();
@@ -266,7 +280,20 @@ impl Outside {
         ip(&format!("link set beyond netns /proc/{}/task/{thread}/ns/net", std::process::id()));
         moved.send(()).unwrap();
         is_ready.recv().unwrap();
+        for (own, beyond) in [("192.0.2.1:0", "192.0.2.2:7"), ("[2001:db8::1]:0", "[2001:db8::2]:7")] {
+            wait_for(own, beyond);
+        }
+        moved.send(()).unwrap();
+        is_ready.recv().unwrap();
         Self { heard, _end: end }
+    }
+
+    /// Who said `text`, which must be what is heard next.
+    fn hears(&self, text: &[u8]) -> IpAddr {
+        let mut next = || self.heard.recv_timeout(Duration::from_secs(10)).unwrap();
+        let (from, heard) = std::iter::repeat_with(&mut next).find(|(_, heard)| heard != READY).unwrap();
+        assert_eq!(String::from_utf8_lossy(&heard), String::from_utf8_lossy(text));
+        from
     }
 }
 
@@ -285,15 +312,17 @@ fn a_guest_reaches_the_outside_with_the_hosts_address_and_the_outside_cannot_cal
     let outside = Outside::new();
     let bridge = mac_of("bx-default");
 
+    let metadata = ipv4(a.v4, v4("169.254.169.254"), 17, &udp(3000, 7, b"the host's credentials, please"));
+    a.send(&ethernet(bridge, a.mac, IPV4, &metadata));
     let question = ipv4(a.v4, v4("192.0.2.2"), 17, &udp(3000, 7, b"who am I?"));
     a.send(&ethernet(bridge, a.mac, IPV4, &question));
-    assert_eq!(outside.heard.recv_timeout(Duration::from_secs(10)).unwrap(), IpAddr::from(v4("192.0.2.1")));
+    assert_eq!(outside.hears(b"who am I?"), IpAddr::from(v4("192.0.2.1")));
     let before = a.receive_until(b"who am I?");
     assert!(!before.iter().any(|frame| contains(frame, EVIL)), "the outside called the guest");
 
     let question = udp6(a.v6, v6("2001:db8::2"), (3000, 7), b"and who now?");
     a.send(&ethernet(bridge, a.mac, IPV6, &question));
-    assert_eq!(outside.heard.recv_timeout(Duration::from_secs(10)).unwrap(), IpAddr::from(v6("2001:db8::1")));
+    assert_eq!(outside.hears(b"and who now?"), IpAddr::from(v6("2001:db8::1")));
     a.receive_until(b"and who now?");
 }
 
@@ -313,17 +342,18 @@ fn a_network_without_nat_stays_at_home() {
     a.send(&first);
     node.ensure_network(&default_network()).unwrap();
     a.send(&second);
-    // The first would have been heard and answered first.
-    assert_eq!(outside.heard.recv_timeout(Duration::from_secs(10)).unwrap(), IpAddr::from(v4("192.0.2.1")));
-    let answers = a.receive_until(b"what now?!");
-    assert!(!answers.iter().any(|frame| contains(frame, b"let me out")));
+    assert_eq!(
+        outside.hears(b"what now?!"),
+        IpAddr::from(v4("192.0.2.1")),
+        "the first would have been heard first"
+    );
 }
 
 #[test]
 fn networks_do_not_see_each_other() {
     let Some(node) = alone() else { return };
     let (mut a, _b) = neighbours(&node);
-    node.ensure_network(&network("other", &["10.77.0.1/24"], true)).unwrap();
+    node.ensure_network(&network("other", &["10.77.0.1/24", "fd77::1/64"], true)).unwrap();
     let mut stranger = Guest::ensure(&node, &nic(3, "other", &["10.77.0.3"]));
     known_to_the_host(&a, "bx-default");
     ip("neighbour replace 10.77.0.3 lladdr 52:54:00:00:00:03 dev bx-other");
@@ -334,8 +364,12 @@ fn networks_do_not_see_each_other() {
     }
     let ping = ethernet(bridge, a.mac, IPV4, &ipv4(a.v4, v4("10.88.0.1"), 1, &echo(b"home?")));
     a.send(&ping);
-    let home = a.receive_until(b"home?");
-    let answered = |frame: &Vec<u8>| contains(frame, EVIL) && frame[34] == 0;
+    let ping6 = |to: &str, text: &[u8]| ethernet(bridge, a.mac, IPV6, &icmp6(a.v6, v6(to), 128, text));
+    let (there, here) = (ping6("fd77::1", EVIL), ping6("fd88::1", b"home, too?"));
+    a.send(&there);
+    a.send(&here);
+    let home = a.receive_until(b"home, too?");
+    let answered = |frame: &Vec<u8>| contains(frame, EVIL) && (frame[34] == 0 || frame[54] == 129);
     assert!(!home.iter().any(answered), "the gateway of another network answered");
     let ping = ethernet(
         mac_of("bx-other"),
@@ -349,6 +383,32 @@ fn networks_do_not_see_each_other() {
         !heard.iter().any(|frame| contains(frame, EVIL)),
         "a packet crossed from one network into another"
     );
+}
+
+/// Conntrack calls an ICMP error part of the conversation that it quotes, whoever sends it.
+#[test]
+fn a_guest_cannot_meddle_in_the_conversations_of_another_network() {
+    let Some(node) = alone() else { return };
+    let (mut a, _b) = neighbours(&node);
+    node.ensure_network(&network("other", &["10.77.0.1/24"], true)).unwrap();
+    let mut victim = Guest::ensure(&node, &nic(3, "other", &["10.77.0.3"]));
+    ip("neighbour replace 10.77.0.3 lladdr 52:54:00:00:00:03 dev bx-other");
+    let outside = Outside::new();
+    let gateway = mac_of("bx-other");
+    let talk = |text| {
+        ethernet(gateway, victim.mac, IPV4, &ipv4(victim.v4, v4("192.0.2.2"), 17, &udp(3000, 7, text)))
+    };
+    let (first, second) = (talk(b"first"), talk(b"second"));
+    victim.send(&first);
+    outside.hears(b"first");
+    victim.receive_until(b"first");
+    // As it is on the uplink, with the host's address and the port that the masquerade left alone.
+    let quoted = ipv4(v4("192.0.2.1"), v4("192.0.2.2"), 17, &udp(3000, 7, EVIL));
+    let unreachable = ipv4(a.v4, v4("192.0.2.1"), 1, &unreachable(&quoted));
+    a.send(&ethernet(mac_of("bx-default"), a.mac, IPV4, &unreachable));
+    victim.send(&second);
+    let heard = victim.receive_until(b"second");
+    assert!(!heard.iter().any(|frame| contains(frame, EVIL)), "an error from another network was delivered");
 }
 
 fn any_firewall() -> impl Strategy<Value = Firewall> {

@@ -6,10 +6,12 @@ mod support;
 use std::os::fd::AsFd;
 
 use blixard_netd::Node;
+use blixard_netd::error::ChangeError;
+use blixard_netd::tap::TapError;
 use blixard_netd_api::{Inventory, NicSpec, Problem, ProblemKind};
 use support::{
     ARP, Guest, IPV4, alone, arp, contains, default_network, echo, ethernet, ip, ipv4, network, nft, nic,
-    run, udp,
+    run, udp, when_free,
 };
 
 fn bridge_mac() -> blixard_vmm_api::config::MacAddr {
@@ -37,7 +39,7 @@ fn passes(from: &mut Guest, to: &mut Guest, text: &[u8]) {
     to.receive_until(text);
 }
 
-fn refused(result: Result<impl Sized, blixard_netd::error::ChangeError>) -> Problem {
+fn refused(result: Result<impl Sized, ChangeError>) -> Problem {
     Problem::from(result.err().unwrap())
 }
 
@@ -149,8 +151,9 @@ fn a_tap_is_given_to_one_holder_at_a_time_and_outlives_it() {
     drop(first);
     assert_eq!(refused(node.ensure_nic(&spec, true)).kind, ProblemKind::Busy, "a copy still holds it");
     drop(held);
-    let mut again = Guest::ensure(&node, &spec);
-    gateway_answers(&mut again);
+    let busy = |error: &ChangeError| matches!(error, ChangeError::Tap(TapError::Busy(_)));
+    let tap = when_free(|| node.ensure_nic(&spec, true), busy).unwrap();
+    gateway_answers(&mut Guest::new(&spec, tap));
     node.remove_nic(&spec.id).unwrap();
     assert!(!ip("-o link").contains(spec.id.interface()), "removing does not wait for the holder");
 }

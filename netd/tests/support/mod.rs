@@ -168,6 +168,21 @@ impl Guest {
     }
 }
 
+/// Tries again while `busy`. A program that another test starts in this moment has, until its exec, a copy of every
+/// descriptor of this process, a TAP that was just closed among them.
+pub fn when_free<T, E: std::fmt::Debug>(
+    mut open: impl FnMut() -> Result<T, E>,
+    busy: impl Fn(&E) -> bool,
+) -> T {
+    let until = Instant::now() + PATIENCE;
+    loop {
+        match open() {
+            Err(error) if busy(&error) && Instant::now() < until => std::thread::yield_now(),
+            result => return result.unwrap(),
+        }
+    }
+}
+
 pub fn contains(text: &[u8], part: &[u8]) -> bool {
     text.windows(part.len()).any(|window| window == part)
 }
@@ -211,7 +226,16 @@ pub fn udp(from: u16, to: u16, payload: &[u8]) -> Vec<u8> {
 
 /// An echo request (RFC 792).
 pub fn echo(payload: &[u8]) -> Vec<u8> {
-    let mut message = [[8, 0, 0, 0, 0, 1, 0, 1].as_slice(), payload].concat();
+    icmp([8, 0, 0, 0, 0, 1, 0, 1], payload)
+}
+
+/// The news that a port is closed, with the packet that it is about (RFC 792).
+pub fn unreachable(packet: &[u8]) -> Vec<u8> {
+    icmp([3, 3, 0, 0, 0, 0, 0, 0], packet)
+}
+
+fn icmp(head: [u8; 8], payload: &[u8]) -> Vec<u8> {
+    let mut message = [head.as_slice(), payload].concat();
     let sum = checksum(&message);
     message[2..4].copy_from_slice(&sum);
     message
