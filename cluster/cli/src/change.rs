@@ -65,10 +65,8 @@ fn with_advice(error: CliError, name: &str) -> CliError {
     use blixard_api::client::ClientError;
     match error {
         CliError::Client(ClientError::Refused(mut refusal)) if refusal.status == 409 => {
-            refusal
-                .error
-                .suggestion
-                .get_or_insert_with(|| format!("`blixard stop {name}` first, or `blixard rm -f {name}`"));
+            refusal.error.suggestion =
+                Some(format!("`blixard stop {name}` first, or `blixard rm -f {name}`"));
             CliError::Client(ClientError::Refused(refusal))
         }
         other => other,

@@ -44,10 +44,8 @@ pub async fn doctor(context: &Context, options: &Doctor) -> Result<u8, CliError>
         fix(Path::new("/"), &mut findings);
     }
     let folder = options.bin_dir.as_deref();
-    if root {
-        merge(&mut findings, agent(folder).await);
-    }
-    merge(&mut findings, probe(folder).await);
+    // The agent asks the VMM as well.
+    merge(&mut findings, if root { agent(folder).await } else { probe(folder).await });
     merge(&mut findings, node(context).await);
     show(context, &findings)?;
     Ok(if findings.iter().any(|f| f.state == BAD) { code::ERROR } else { 0 })

@@ -167,7 +167,11 @@ impl CliError {
             text.push_str(&format!(" ({}, request {})", api.error, api.request_id));
         }
         for Detail { field, message, .. } in &api.details {
-            text.push_str(&format!("\n  {field}: {message}"));
+            // The message of a single wrong field is often the field's.
+            let line = format!("{field}: {message}");
+            if !api.message.contains(&line) {
+                text.push_str(&format!("\n  {line}"));
+            }
         }
         if let Some(suggestion) = &api.suggestion {
             text.push_str(&format!("\nTry: {suggestion}"));
@@ -224,9 +228,14 @@ fn client_code(error: &ClientError) -> u8 {
         507 => code::NO_CAPACITY,
         408 => code::TIMEOUT,
         401 | 403 => code::DENIED,
-        400 | 422 if refusal.error.details.iter().any(|d| d.code == "not_found") => code::NOT_FOUND,
+        400 | 422 if all_missing(&refusal.error.details) => code::NOT_FOUND,
         _ => code::ERROR,
     }
+}
+
+/// What was named is not there, and nothing else is wrong.
+fn all_missing(details: &[Detail]) -> bool {
+    !details.is_empty() && details.iter().all(|d| d.code == "not_found")
 }
 
 #[cfg(test)]
