@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use blixard_api::vm::VmSpec;
 use blixard_api::{Detail, check_name};
 use blixard_vmm_api::config::{CMDLINE_MAX, VCPUS_MAX};
+use blixard_vmm_api::guest::Command as Workload;
 
 use super::error::detail;
 use crate::state::State;
@@ -81,8 +82,12 @@ pub fn spec(state: &State, spec: &VmSpec, without: &[String], found: &mut Vec<De
         wrong("user", "bad_format", format!("user or user:group of at most {USER_MAX} characters is needed"));
     }
     let config = image.map(|image| image.config.clone()).unwrap_or_default();
-    if let Some(Err(error)) = workload::effective(&config, spec).map(|w| w.validate("command")) {
-        wrong(&error.field, "bad_format", error.problem);
+    // Without a program the guest runs a shell of its own; the rest is looked at all the same.
+    let shell = || Workload { args: vec!["sh".into()], env: spec.env.clone(), ..Workload::default() };
+    let workload = workload::effective(&config, spec).unwrap_or_else(shell);
+    if let Err(error) = workload.validate("command") {
+        let field = if error.field == "command.env" { "env" } else { "command" };
+        wrong(field, "bad_format", error.problem);
     }
     labels(&spec.labels, &mut wrong);
 }

@@ -17,6 +17,7 @@ use openraft::storage::{IOFlushed, LogState, RaftLogReader, RaftLogStorage};
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 use tokio::sync::oneshot;
 
+use super::db::{Closed, Db};
 use super::types::{Entry, LogId, Types, Vote};
 
 const LOG: TableDefinition<u64, &[u8]> = TableDefinition::new("log");
@@ -75,7 +76,7 @@ struct Memory {
 }
 
 struct Shared {
-    db: Database,
+    db: Arc<Db>,
     memory: Mutex<Memory>,
 }
 
@@ -92,6 +93,9 @@ pub struct LogStore {
     jobs: mpsc::Sender<Job>,
 }
 
+/// A log, and the end of its database.
+pub type Opened = (LogStore, Closed);
+
 pub(super) fn io_error(error: impl Into<redb::Error>) -> io::Error {
     io::Error::other(error.into())
 }
@@ -105,7 +109,7 @@ impl LogStore {
     ///
     /// # Errors
     /// See [`LogError`].
-    pub fn open(path: &Path) -> Result<Self, LogError> {
+    pub fn open(path: &Path) -> Result<Opened, LogError> {
         let db = Database::builder().set_cache_size(CACHE_BYTES).create(path);
         Self::new(db.map_err(|e| LogError::Open(Box::new(e.into())))?)
     }
@@ -114,13 +118,14 @@ impl LogStore {
     ///
     /// # Errors
     /// See [`LogError`].
-    pub fn new(db: Database) -> Result<Self, LogError> {
+    pub fn new(db: Database) -> Result<Opened, LogError> {
         let opened = |error: redb::Error| LogError::Open(Box::new(error));
         let found = prepare(&db).map_err(opened)?;
         if found > SCHEMA_VERSION {
             return Err(LogError::Newer { found });
         }
         let memory = recall(&db).map_err(LogError::Read)?;
+        let (db, closed) = Db::new(db);
         let shared = Arc::new(Shared { db, memory: Mutex::new(memory) });
         let (jobs, queue) = mpsc::channel();
         let writer = Arc::clone(&shared);
@@ -128,7 +133,7 @@ impl LogStore {
             .name("raft-log".into())
             .spawn(move || write(&writer, &queue))
             .map_err(LogError::Writer)?;
-        Ok(Self { shared, jobs })
+        Ok((Self { shared, jobs }, closed))
     }
 
     async fn run(&self, job: impl FnOnce(Done) -> Job) -> io::Result<()> {
@@ -341,7 +346,7 @@ impl RaftLogStorage<Types> for LogStore {
         {
             let mut memory = self.shared.memory();
             memory.recent.split_off(&first_gone);
-            memory.last = last.or(memory.purged);
+            memory.last = memory.last.min(last).max(memory.purged);
         }
         self.run(|done| Job::TruncateAfter { first_gone, done }).await
     }

@@ -1,5 +1,6 @@
 //! How openraft is used here: no type of openraft leaves this module.
 //!
+//! * [`db`]: open files
 //! * [`log_store`]: log and vote, one flush for many proposals
 //! * [`state_store`]: applies entries to the state, and keeps it in redb
 //! * [`replica`]: the state as the rest of the process sees it
@@ -7,6 +8,7 @@
 //!
 //! [`Consensus`] is the handle: it proposes commands and answers once they are applied.
 
+pub mod db;
 pub mod log_store;
 pub mod network;
 pub mod replica;
@@ -15,13 +17,14 @@ pub mod types;
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use openraft::errors::{ClientWriteError, RaftError};
 use openraft::{BasicNode, Config, Raft, ServerState, SnapshotPolicy};
 
+use self::db::Closed;
 use self::log_store::{LogError, LogStore};
 use self::network::NoPeers;
 use self::replica::Replica;
@@ -31,6 +34,9 @@ use crate::state::{NodeId, Outcome, Proposal};
 
 /// Longest wait for leadership and recovery after a start.
 const RECOVERY_MAX: Duration = Duration::from_secs(60);
+
+/// Longest wait for the files to be closed at the end.
+const CLOSE_MAX: Duration = Duration::from_secs(2);
 
 /// Why consensus cannot begin.
 #[derive(Debug, thiserror::Error)]
@@ -102,6 +108,7 @@ pub struct Consensus {
     replica: Arc<Replica>,
     proposals: Arc<AtomicU64>,
     node: NodeId,
+    closing: Arc<Mutex<Vec<Closed>>>,
 }
 
 fn index(id: Option<types::LogId>) -> u64 {
@@ -121,8 +128,8 @@ impl Consensus {
     ) -> Result<Self, ConsensusError> {
         let made = std::fs::create_dir_all(folder);
         made.map_err(|source| ConsensusError::Folder { path: folder.to_owned(), source })?;
-        let log = LogStore::open(&folder.join("log.redb"))?;
-        let state = StateStore::open(&folder.join("state.redb"))?;
+        let (log, log_closed) = LogStore::open(&folder.join("log.redb"))?;
+        let (state, state_closed) = StateStore::open(&folder.join("state.redb"))?;
         let replica = state.replica();
         let failed = |what| move |error: String| ConsensusError::Raft { what, reason: error };
         let config = Config {
@@ -146,7 +153,8 @@ impl Consensus {
             let elect = raft.trigger().elect(false).await;
             elect.map_err(|e| failed("stand for election")(e.to_string()))?;
         }
-        Ok(Self { raft, replica, proposals: Arc::default(), node })
+        let closing = Arc::new(Mutex::new(vec![log_closed, state_closed]));
+        Ok(Self { raft, replica, proposals: Arc::default(), node, closing })
     }
 
     /// Waits until this member leads and has applied all that was acknowledged before it was started.
@@ -232,10 +240,20 @@ impl Consensus {
         }
     }
 
-    /// Stops this member.
-    pub async fn shutdown(&self) {
+    /// Stops this member, and waits a while until its files are closed.
+    pub async fn shutdown(self) {
         if let Err(error) = self.raft.shutdown().await {
             tracing::warn!(%error, "Raft did not end in good order");
+        }
+        let closing = std::mem::take(&mut *self.closing.lock().unwrap_or_else(PoisonError::into_inner));
+        drop(self);
+        let closed = async {
+            for file in closing {
+                file.wait().await;
+            }
+        };
+        if tokio::time::timeout(CLOSE_MAX, closed).await.is_err() {
+            tracing::warn!("log and state are not closed; the next start will check them");
         }
     }
 }

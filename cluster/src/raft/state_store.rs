@@ -18,6 +18,7 @@ use openraft::{EntryPayload, OptionalSend};
 use redb::{Database, Durability, ReadTransaction, ReadableDatabase, ReadableTable, TableDefinition};
 use serde::de::DeserializeOwned;
 
+use super::db::{Closed, Db};
 use super::log_store::io_error;
 use super::replica::{Change, Changed, Replica};
 use super::types::{Applied, LogId, SnapshotMeta, StoredMembership, Types};
@@ -57,7 +58,7 @@ pub enum StateError {
 
 /// The state machine that openraft drives.
 pub struct StateStore {
-    db: Arc<Database>,
+    db: Arc<Db>,
     replica: Arc<Replica>,
     applied: Option<LogId>,
     membership: StoredMembership,
@@ -114,7 +115,7 @@ impl StateStore {
     ///
     /// # Errors
     /// See [`StateError`].
-    pub fn open(path: &Path) -> Result<Self, StateError> {
+    pub fn open(path: &Path) -> Result<(Self, Closed), StateError> {
         let db = Database::builder().set_cache_size(CACHE_BYTES).create(path);
         Self::new(db.map_err(|e| StateError::Open(Box::new(e.into())))?)
     }
@@ -123,7 +124,7 @@ impl StateStore {
     ///
     /// # Errors
     /// See [`StateError`].
-    pub fn new(db: Database) -> Result<Self, StateError> {
+    pub fn new(db: Database) -> Result<(Self, Closed), StateError> {
         let found = prepare(&db).map_err(|e| StateError::Open(Box::new(e)))?;
         if found > SCHEMA_VERSION {
             return Err(StateError::Newer { found });
@@ -142,7 +143,8 @@ impl StateStore {
             return Err(StateError::Read(io::Error::new(io::ErrorKind::InvalidData, text)));
         }
         let replica = Arc::new(Replica::new(state));
-        Ok(Self { db: Arc::new(db), replica, applied, membership, flushed_at: Instant::now() })
+        let (db, closed) = Db::new(db);
+        Ok((Self { db, replica, applied, membership, flushed_at: Instant::now() }, closed))
     }
 
     /// The state as the rest of the process sees it.
@@ -277,7 +279,7 @@ fn view(db: &Database) -> io::Result<openraft::alias::SnapshotOf<Types, Snapshot
 
 /// Makes snapshots while the state goes on changing.
 pub struct SnapshotBuilder {
-    db: Arc<Database>,
+    db: Arc<Db>,
 }
 
 impl RaftSnapshotBuilder<Types> for SnapshotBuilder {
