@@ -100,7 +100,10 @@ fn deed(host: &Host, vm: VmId, step: &Step) -> Result<(), Failure> {
         }
         Step::RemoveVolume => {
             host.volumes.remove(vm).map_err(|e| Failure::passing(&e))?;
-            host.change(vm, |entry| entry.found.volume_bytes = None);
+            host.change(vm, |entry| {
+                entry.found.volume_bytes = None;
+                entry.found.storage = false;
+            });
             Ok(())
         }
         Step::RemoveFiles => {
@@ -182,6 +185,7 @@ fn begin(host: &Host, vm: VmId, start: Start) -> Result<(), Failure> {
 
 fn make_volume(host: &Host, vm: VmId) -> Result<(), Failure> {
     let size = plan(host, vm)?.volume.size_bytes;
+    host.change(vm, |entry| entry.found.storage = true);
     host.volumes.create(vm, size).map_err(|e| Failure::passing(&e))?;
     host.change(vm, |entry| entry.found.volume_bytes = Some(size));
     record(host, Record::Volume { vm, size_bytes: size })?;

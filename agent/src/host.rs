@@ -17,7 +17,7 @@ use crate::cgroup::CgroupTree;
 use crate::config::Config;
 use crate::jail::{Program, Said};
 use crate::ledger::Ledger;
-use crate::record::Known;
+use crate::record::{Known, Launch};
 use crate::steps::{Ending, Found, Step, Wish, steps};
 use crate::store::Store;
 use crate::vmm_link::{Link, Watch};
@@ -540,6 +540,10 @@ impl Vm {
                 Some(status) if status.guest_ready => (Phase::Running, told),
                 _ => (Phase::Starting, told.or(why)),
             };
+        }
+        let unrecorded = |l: &Launch| l.process.is_some() && known.ended_start() < Some(l.start);
+        if known.launch.as_ref().is_some_and(unrecorded) {
+            return (Phase::Stopping, Some("its VMM has ended".into()));
         }
         let over = known.ended_start() == Some(known.begun_start());
         let new = plan.run == Run::Running && plan.start > known.begun_start();

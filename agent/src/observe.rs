@@ -42,6 +42,7 @@ pub fn look(host: &Host, known: BTreeMap<VmId, Known>) -> Result<(), String> {
         let vmm = running(host, vm, known.as_ref());
         let mut entry = Vm::default();
         entry.found.volume_bytes = volumes.get(&vm).copied();
+        entry.found.storage = known.is_some();
         entry.found.cgroup = cgroups.contains(&vm);
         entry.found.sockets = sockets.contains(&vm);
         entry.found.files = files.contains(&vm);

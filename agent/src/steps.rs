@@ -47,6 +47,8 @@ pub struct Found {
     pub rebooted: bool,
     /// Size of its volume in bytes.
     pub volume_bytes: Option<u64>,
+    /// Its volume or a half-made one may exist.
+    pub storage: bool,
     /// Its nic exists, or may exist.
     pub nic: bool,
     /// The nic's TAP is open and waits to be handed over.
@@ -261,7 +263,8 @@ fn removal(known: Option<&Known>, found: &Found) -> Vec<Step> {
         return kill(found);
     }
     let mut steps = tidy(found);
-    if found.volume_bytes.is_some() {
+    // Without a record a volume may be somebody's data.
+    if found.storage && known.is_some() {
         steps.push(Step::RemoveVolume);
     }
     if found.files {

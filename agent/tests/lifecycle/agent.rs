@@ -93,8 +93,11 @@ impl Agent {
         self.start();
     }
 
+    /// The end of its log.
     pub fn log(&self) -> String {
-        std::fs::read_to_string(self.path("agent.log")).unwrap_or_default()
+        let text = std::fs::read_to_string(self.path("agent.log")).unwrap_or_default();
+        let lines: Vec<&str> = text.lines().collect();
+        lines[lines.len().saturating_sub(80)..].join("\n")
     }
 
     pub fn wait_for_log(&self, text: &str) {
