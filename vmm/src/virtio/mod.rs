@@ -28,10 +28,10 @@ mod transport_test;
 pub mod turn;
 pub mod vsock;
 mod vsock_clients;
+#[cfg(test)]
+mod vsock_echo_test;
 pub mod vsock_link;
 pub mod vsock_packet;
 pub mod vsock_stream;
-#[cfg(test)]
-mod vsock_echo_test;
 #[cfg(test)]
 mod vsock_test;
