@@ -438,7 +438,7 @@ fn any_packet_filter_is_read_back_as_it_was_written() {
     }
     // The first knows what it wrote and writes differences; the second knows nothing.
     let filter = Filter::connect().unwrap();
-    proptest!(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() }, |(first in any_firewall(), wanted in any_firewall())| {
+    proptest!(ProptestConfig { cases: 10, failure_persistence: None, ..ProptestConfig::default() }, |(first in any_firewall(), wanted in any_firewall())| {
         filter.apply(&first).unwrap();
         filter.apply(&wanted).unwrap();
         prop_assert_eq!(filter.known(), Some(wanted.clone()));

@@ -4,6 +4,7 @@
 mod support;
 
 use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
 
 use blixard_netd::Node;
 use blixard_netd::error::ChangeError;
@@ -120,6 +121,11 @@ fn whatever_is_broken_by_hand_is_repaired_while_the_taps_stay_open() {
         break_it();
         assert_ne!(plain(picture_or_nothing(&picture)), whole, "step {step} breaks something");
         repair(&node, &spec_a, &spec_b);
+        // The kernel shows a bridge as up a little after it is.
+        let until = Instant::now() + Duration::from_secs(10);
+        while plain(picture()) != whole && Instant::now() < until {
+            std::thread::yield_now();
+        }
         assert_eq!(plain(picture()), whole, "step {step}");
         gateway_answers(&mut a);
         passes(&mut a, &mut b, format!("text of step {step}").as_bytes());
