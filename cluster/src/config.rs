@@ -133,9 +133,10 @@ impl Options {
             self = self.or(toml::from_str(&text).map_err(parse)?);
         }
         let mode = self.socket_mode.as_deref().unwrap_or("0660");
-        let socket_mode = u32::from_str_radix(mode, 8).ok().filter(|m| *m <= 0o777).ok_or_else(|| {
-            wrong("socket-mode", mode, "an octal number up to 0777 is needed")
-        })?;
+        let socket_mode = u32::from_str_radix(mode, 8)
+            .ok()
+            .filter(|m| *m <= 0o777)
+            .ok_or_else(|| wrong("socket-mode", mode, "an octal number up to 0777 is needed"))?;
         let name = self.name.unwrap_or_else(host_name);
         blixard_api::check_name(&name, false).map_err(|form| wrong("name", &name, &form))?;
         let resolvers = if self.resolvers.is_empty() { host_resolvers() } else { self.resolvers };
@@ -215,7 +216,8 @@ fn beside_us() -> PathBuf {
 /// The host's name servers that a guest can reach: not those on the host's own loopback.
 fn host_resolvers() -> Vec<IpAddr> {
     let text = std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
-    let servers = text.lines().filter_map(|line| line.strip_prefix("nameserver")?.trim().parse::<IpAddr>().ok());
+    let servers =
+        text.lines().filter_map(|line| line.strip_prefix("nameserver")?.trim().parse::<IpAddr>().ok());
     servers.filter(|address| !address.is_loopback()).take(RESOLVERS_MAX).collect()
 }
 
@@ -227,7 +229,8 @@ mod tests {
     fn the_command_line_wins_over_the_file_and_the_file_over_defaults() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("node.toml");
-        std::fs::write(&file, "name = \"from-file\"\nsocket-mode = \"0600\"\nresolvers = [\"192.0.2.1\"]\n").unwrap();
+        std::fs::write(&file, "name = \"from-file\"\nsocket-mode = \"0600\"\nresolvers = [\"192.0.2.1\"]\n")
+            .unwrap();
         let path = file.display().to_string();
         let options = Options::parse_from(["blixard-node", "--config", &path, "--name", "from-line"]);
         let config = options.complete().unwrap();

@@ -3,7 +3,9 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use prometheus::{HistogramOpts, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder};
+use prometheus::{
+    HistogramOpts, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
+};
 
 use crate::api::Api;
 use crate::host::local::Link;
@@ -51,16 +53,24 @@ impl Metrics {
             .buckets(SECONDS.to_vec());
         let durations = HistogramVec::new(options, &["method", "route"])?;
         registry.register(Box::new(durations.clone()))?;
-        let build = gauges("blixard_build_info", "Version and name of this node; always 1", &["version", "node"])?;
+        let build =
+            gauges("blixard_build_info", "Version and name of this node; always 1", &["version", "node"])?;
         build.with_label_values(&[env!("CARGO_PKG_VERSION"), node]).set(1);
         Ok(Self {
             requests: counter("blixard_requests_total", "Requests answered", &["method", "route", "status"])?,
             durations,
-            commands: counter("blixard_commands_total", "Commands proposed by requests", &["command", "done"])?,
+            commands: counter(
+                "blixard_commands_total",
+                "Commands proposed by requests",
+                &["command", "done"],
+            )?,
             vms: gauges("blixard_vms", "VMs of the cluster by phase", &["phase"])?,
             raft: gauges("blixard_raft", "Raft: term, indexes of log, leads, proposals", &["what"])?,
             agent: gauge("blixard_agent_up", "1 when the agent answers")?,
-            report_age: gauge("blixard_agent_report_age_ms", "Age of the agent's newest report, -1 for none")?,
+            report_age: gauge(
+                "blixard_agent_report_age_ms",
+                "Age of the agent's newest report, -1 for none",
+            )?,
             blob_bytes: gauge("blixard_blob_bytes", "Bytes of images and kernels kept by this node")?,
             registry,
         })

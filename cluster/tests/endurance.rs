@@ -1,5 +1,14 @@
 //! What survives: kills, restarts, the end in good order, and only one node per folder.
 #![forbid(unsafe_code)]
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::string_slice,
+    clippy::print_stderr,
+    clippy::cast_possible_truncation,
+    reason = "a failed test is what these are for"
+)]
 
 mod common;
 
@@ -40,7 +49,11 @@ fn nothing_acknowledged_is_lost_when_the_node_is_killed_while_many_write() {
         node.kill();
         node.start();
         for number in acknowledged.into_inner().unwrap() {
-            assert_eq!(node.get(&format!("{VMS}/{}", id(number))).status, 200, "vm-{number} of round {round}");
+            assert_eq!(
+                node.get(&format!("{VMS}/{}", id(number))).status,
+                200,
+                "vm-{number} of round {round}"
+            );
         }
         begin += 1_000_000;
     }
@@ -55,7 +68,10 @@ fn nothing_acknowledged_is_lost_when_the_node_is_killed_while_many_write() {
 fn written(socket: &std::path::Path, body: &str) -> bool {
     use std::io::{Read, Write};
     let Ok(mut stream) = std::os::unix::net::UnixStream::connect(socket) else { return false };
-    let head = format!("POST {VMS} HTTP/1.1\r\nHost: n\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{body}", body.len());
+    let head = format!(
+        "POST {VMS} HTTP/1.1\r\nHost: n\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{body}",
+        body.len()
+    );
     let mut answer = String::new();
     stream.write_all(head.as_bytes()).is_ok()
         && stream.read_to_string(&mut answer).is_ok()
@@ -81,8 +97,10 @@ fn a_node_ends_in_good_order_and_goes_on_where_it_was() {
 fn a_second_node_on_the_same_socket_does_not_start() {
     let node = Node::alone();
     let second = Command::new(env!("CARGO_BIN_EXE_blixard-node"))
-        .arg("--state").arg(node.folder.path().join("other"))
-        .arg("--socket").arg(node.socket())
+        .arg("--state")
+        .arg(node.folder.path().join("other"))
+        .arg("--socket")
+        .arg(node.socket())
         .stderr(Stdio::piped())
         .output()
         .unwrap();
@@ -96,8 +114,10 @@ fn a_second_node_on_the_same_folder_does_not_start_and_harms_nothing() {
     let node = Node::alone();
     node.add_content();
     let second = Command::new(env!("CARGO_BIN_EXE_blixard-node"))
-        .arg("--state").arg(node.folder.path().join("state"))
-        .arg("--socket").arg(node.folder.path().join("second.sock"))
+        .arg("--state")
+        .arg(node.folder.path().join("state"))
+        .arg("--socket")
+        .arg(node.folder.path().join("second.sock"))
         .stderr(Stdio::piped())
         .output()
         .unwrap();
@@ -109,8 +129,10 @@ fn a_second_node_on_the_same_folder_does_not_start_and_harms_nothing() {
 fn an_address_that_others_could_reach_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     let output = Command::new(env!("CARGO_BIN_EXE_blixard-node"))
-        .arg("--state").arg(folder.path())
-        .arg("--socket").arg(folder.path().join("s"))
+        .arg("--state")
+        .arg(folder.path())
+        .arg("--socket")
+        .arg(folder.path().join("s"))
         .args(["--listen", "0.0.0.0:0"])
         .output()
         .unwrap();

@@ -1,5 +1,14 @@
 //! What bad input gets: a status, the field, the reason, and what to try.
 #![forbid(unsafe_code)]
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::string_slice,
+    clippy::print_stderr,
+    clippy::cast_possible_truncation,
+    reason = "a failed test is what these are for"
+)]
 
 mod common;
 
@@ -21,7 +30,8 @@ fn spec(change: &Value) -> Value {
 fn each_wrong_field_is_named_with_its_reason() {
     let (node, _agent) = Node::with_agent(Manner::Manual);
     let long = "x".repeat(129);
-    let labels: Value = (0..65).map(|n| (format!("k{n}"), json!("v"))).collect::<serde_json::Map<_, _>>().into();
+    let labels: Value =
+        (0..65).map(|n| (format!("k{n}"), json!("v"))).collect::<serde_json::Map<_, _>>().into();
     for (change, field, code) in [
         (json!({"vcpus": 0}), "spec.vcpus", "out_of_range"),
         (json!({"vcpus": 33}), "spec.vcpus", "out_of_range"),
@@ -108,7 +118,11 @@ fn what_is_no_request_of_this_api_is_told_so_in_one_shape() {
     shape(&node.get(&format!("{VMS}/a:explode")), 404, "not_found");
     shape(&node.ask("POST", &format!("{VMS}/a:exec"), &[], b""), 400, "malformed_request");
     shape(&node.get("/v1/watch?after=999999"), 410, "compacted");
-    shape(&node.ask("POST", "/v1/projects/NO/vms", &[], create(1, "a").to_string().as_bytes()), 422, "validation_error");
+    shape(
+        &node.ask("POST", "/v1/projects/NO/vms", &[], create(1, "a").to_string().as_bytes()),
+        422,
+        "validation_error",
+    );
 }
 
 #[test]
@@ -152,7 +166,10 @@ fn uploads_that_are_no_images_leave_nothing_behind() {
         assert!(kernel.json()["suggestion"].is_string());
     }
     assert_eq!(node.get("/v1/images/x").status, 404);
-    assert_eq!(node.ask("POST", "/v1/images", &[], &common::image()).details(), [("name".into(), "required".into())]);
+    assert_eq!(
+        node.ask("POST", "/v1/images", &[], &common::image()).details(),
+        [("name".into(), "required".into())]
+    );
     assert_eq!(node.ask("POST", "/v1/images?name=UP", &[], &common::image()).status, 422);
     let spool = node.folder.path().join("state/spool");
     assert_eq!(std::fs::read_dir(spool).unwrap().count(), 0);
@@ -162,7 +179,8 @@ fn uploads_that_are_no_images_leave_nothing_behind() {
 fn an_upload_that_cannot_fit_is_refused_before_it_is_read() {
     let node = Node::alone();
     let huge = (1u64 << 40).to_string();
-    let refused = |length: &str| Answer::read(node.open("POST", "/v1/images?name=x", &[("Content-Length", length)], 0));
+    let refused =
+        |length: &str| Answer::read(node.open("POST", "/v1/images?name=x", &[("Content-Length", length)], 0));
     assert_eq!(refused(&huge).status, 413);
     let answer = refused(&(64u64 << 30).to_string());
     // Where there are 64 GiB to spare the node would rightly wait for the upload; there is nothing to see then.

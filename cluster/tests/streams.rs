@@ -1,5 +1,14 @@
 //! What goes on longer than a request: watches, exec, console, logs.
 #![forbid(unsafe_code)]
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::string_slice,
+    clippy::print_stderr,
+    clippy::cast_possible_truncation,
+    reason = "a failed test is what these are for"
+)]
 
 mod common;
 

@@ -1,5 +1,14 @@
 //! The life of VMs through the API, with an agent that has no host.
 #![forbid(unsafe_code)]
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::string_slice,
+    clippy::print_stderr,
+    clippy::cast_possible_truncation,
+    reason = "a failed test is what these are for"
+)]
 
 mod common;
 
@@ -17,7 +26,10 @@ fn a_vm_lives_from_create_to_gone() {
     assert_eq!(made.json()["addresses"][0], "10.88.0.2");
 
     let ready = node.get(&format!("{VMS}/web?wait=ready&timeout_ms=20000")).json();
-    assert_eq!((&ready["phase"], &ready["node"], &ready["start"]), (&json!("running"), &json!("one"), &json!(1)));
+    assert_eq!(
+        (&ready["phase"], &ready["node"], &ready["start"]),
+        (&json!("running"), &json!("one"), &json!(1))
+    );
     for moment in ["request_us", "applied_us", "planned_us"] {
         assert!(ready["timing"][moment].is_u64(), "{ready}");
     }
@@ -149,7 +161,10 @@ fn a_wait_ends_with_the_moment_or_with_the_time() {
             vm.reason = Some("no such file: /bin/app".into());
         });
         let failed = wait.join().unwrap().json();
-        assert_eq!((&failed["phase"], &failed["reason"]), (&json!("failed"), &json!("no such file: /bin/app")));
+        assert_eq!(
+            (&failed["phase"], &failed["reason"]),
+            (&json!("failed"), &json!("no such file: /bin/app"))
+        );
     });
 }
 
@@ -210,9 +225,11 @@ fn a_thousand_vms_each_get_their_own_address() {
     std::thread::scope(|scope| {
         for part in 0..8u128 {
             let node = &node;
-            scope.spawn(move || (1..=125u128).for_each(|n| {
-                node.create(part * 1000 + n, &format!("vm{part}-{n}"));
-            }));
+            scope.spawn(move || {
+                (1..=125u128).for_each(|n| {
+                    node.create(part * 1000 + n, &format!("vm{part}-{n}"));
+                })
+            });
         }
     });
     let plan = agent.wait_for_plan(|plan| plan.vms.len() == 1000).unwrap();

@@ -15,8 +15,8 @@ use std::time::{Duration, Instant};
 use blixard_agent_api::report::Capacity;
 use blixard_agent_api::request::FindingState;
 use blixard_agent_api::{
-    BlobRef, Finding, HostPlan, HostReport, Phase, Problem, ProblemKind, Reply, Request, Run,
-    Start, VmPlan, VmReport,
+    BlobRef, Finding, HostPlan, HostReport, Phase, Problem, ProblemKind, Reply, Request, Run, Start, VmPlan,
+    VmReport,
 };
 use blixard_ipc::{Connection, IpcError, Listener, MESSAGE_BYTES_MAX};
 use blixard_vmm_api::{ExitReason, VmId};
@@ -199,8 +199,11 @@ impl SimAgent {
             plans: 0,
         };
         world.settle();
-        let shared =
-            Arc::new(Shared { world: Mutex::new(world), changed: Condvar::new(), ended: AtomicBool::new(false) });
+        let shared = Arc::new(Shared {
+            world: Mutex::new(world),
+            changed: Condvar::new(),
+            ended: AtomicBool::new(false),
+        });
         let server = Arc::clone(&shared);
         let server = std::thread::spawn(move || {
             while let Ok(connection) = listener.accept() {
@@ -342,7 +345,8 @@ fn reply(shared: &Shared, request: Request, passed: Vec<OwnedFd>) -> (Reply, Vec
             plain(Reply::Report(Box::new(world.report())))
         }
         Request::PutBlob(blob) => {
-            let length = passed.into_iter().next().map(File::from).and_then(|f| Some(f.metadata().ok()?.size()));
+            let length =
+                passed.into_iter().next().map(File::from).and_then(|f| Some(f.metadata().ok()?.size()));
             if length != Some(blob.size_bytes) {
                 return refused(ProblemKind::Invalid, "the content has another length");
             }
@@ -386,4 +390,3 @@ fn echo() -> io::Result<OwnedFd> {
     });
     Ok(theirs.into())
 }
-

@@ -32,7 +32,9 @@ pub async fn read(headers: &HeaderMap, body: Body) -> Result<Vec<u8>, Failure> {
             .suggest("images and kernels have their own requests: POST /v1/images, POST /v1/kernels")
     };
     let announced = headers.get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse::<u64>().ok());
-    if announced.is_some_and(|n| usize::try_from(n).is_ok_and(|n| n > BODY_BYTES_MAX) || n > u64::from(u32::MAX)) {
+    if announced
+        .is_some_and(|n| usize::try_from(n).is_ok_and(|n| n > BODY_BYTES_MAX) || n > u64::from(u32::MAX))
+    {
         return Err(too_large());
     }
     let collected = tokio::time::timeout(super::BODY_TIME_MAX, Limited::new(body, BODY_BYTES_MAX).collect());
@@ -72,7 +74,8 @@ impl<T> Parsed<T> {
 /// 400 when the text is no JSON.
 pub fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<Parsed<T>, Failure> {
     let mut json: Value = serde_json::from_slice(bytes).map_err(|error| {
-        Failure::malformed(format!("the body is no JSON: {error}")).suggest("send Content-Type: application/json")
+        Failure::malformed(format!("the body is no JSON: {error}"))
+            .suggest("send Content-Type: application/json")
     })?;
     if !json.is_object() {
         return Err(Failure::malformed("the body is no JSON object"));
@@ -171,12 +174,10 @@ mod tests {
 
     #[test]
     fn all_wrong_fields_are_named_at_once() {
-        let json = format!(r#"{{"id":"{ID}","spec":{{"image":"a","vcpus":10000,"memory_mib":"much","nope":1}}}}"#);
-        let expected = [
-            ("spec.memory_mib", "bad_format"),
-            ("spec.nope", "unknown"),
-            ("spec.vcpus", "out_of_range"),
-        ];
+        let json =
+            format!(r#"{{"id":"{ID}","spec":{{"image":"a","vcpus":10000,"memory_mib":"much","nope":1}}}}"#);
+        let expected =
+            [("spec.memory_mib", "bad_format"), ("spec.nope", "unknown"), ("spec.vcpus", "out_of_range")];
         let mut found = wrong(&json);
         found.sort();
         assert_eq!(found, pairs(&expected));

@@ -142,7 +142,9 @@ fn head(api: &Api, parts: &Parts, image: bool) -> Result<String, Failure> {
     check_name(name, image).map_err(|form| Failure::field("name", "bad_format", form))?;
     let length = announced(&parts.headers);
     if length > UPLOAD_BYTES_MAX {
-        return Err(Failure::too_large(format!("at most {UPLOAD_BYTES_MAX} bytes can be uploaded, {length} were announced")));
+        return Err(Failure::too_large(format!(
+            "at most {UPLOAD_BYTES_MAX} bytes can be uploaded, {length} were announced"
+        )));
     }
     api.importer.check_space(length).map_err(refused)?;
     Ok(name.to_owned())

@@ -16,7 +16,7 @@ pub struct Failure {
     /// Status of the answer.
     pub status: StatusCode,
     /// The body, still without the id of the request.
-    pub body: ApiError,
+    pub body: Box<ApiError>,
 }
 
 impl Failure {
@@ -29,7 +29,7 @@ impl Failure {
             suggestion: None,
             retryable: false,
         };
-        Self { status, body }
+        Self { status, body: Box::new(body) }
     }
 
     /// What to try.
@@ -147,7 +147,9 @@ impl From<ProposeError> for Failure {
         match error {
             ProposeError::NotLeader { leader: Some(name) } => failure.suggest(format!("ask node {name}")),
             ProposeError::NotLeader { leader: None } => failure.suggest("try again when a leader is elected"),
-            ProposeError::Stopped(_) => failure.suggest("look at the log of blixard-node; its disk may be full"),
+            ProposeError::Stopped(_) => {
+                failure.suggest("look at the log of blixard-node; its disk may be full")
+            }
         }
     }
 }
@@ -159,8 +161,9 @@ impl From<Refusal> for Failure {
             Refusal::NoVm => Self::not_found(text).suggest("blixard ps --all lists the VMs"),
             Refusal::NoImage(_) => Self::not_found(text)
                 .suggest("blixard image ls lists the images, blixard image import NAME FILE adds one"),
-            Refusal::NoKernel(_) => Self::not_found(text)
-                .suggest("blixard kernel ls lists the kernels, sudo blixard kernel import adds the host's own"),
+            Refusal::NoKernel(_) => Self::not_found(text).suggest(
+                "blixard kernel ls lists the kernels, sudo blixard kernel import adds the host's own",
+            ),
             Refusal::NoNetwork(_) => Self::field("spec.network", "not_found", text),
             Refusal::NoNode(_) => Self::unavailable(text),
             Refusal::Initialised => Self::conflict(text),

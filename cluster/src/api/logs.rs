@@ -50,7 +50,9 @@ pub async fn logs(api: Shared, project: &str, name: &str, uri: &Uri) -> Result<R
         Some((part, reader))
     });
     let mut response = Body::from_stream(parts).into_response();
-    response.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static("text/plain; charset=utf-8"));
+    response
+        .headers_mut()
+        .insert(header::CONTENT_TYPE, header::HeaderValue::from_static("text/plain; charset=utf-8"));
     Ok(response)
 }
 
@@ -69,7 +71,8 @@ impl Reader {
             // Asked before the file is read: what a VM wrote before it ended is then read too.
             let goes_on = self.follow && self.may_write() && !self.api.stop.is_cancelled();
             let (file, at) = (Arc::clone(&self.file), self.at);
-            let read = tokio::task::spawn_blocking(move || read(&file, at)).await.map_err(io::Error::other)?;
+            let read =
+                tokio::task::spawn_blocking(move || read(&file, at)).await.map_err(io::Error::other)?;
             let (at, bytes) = read?;
             self.at = at;
             if !bytes.is_empty() {
@@ -138,7 +141,7 @@ mod tests {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(text.as_bytes()).unwrap();
         let begin = usize::try_from(last_lines(&file, lines).unwrap()).unwrap();
-        text[begin..].to_owned()
+        text.get(begin..).unwrap().to_owned()
     }
 
     #[test]

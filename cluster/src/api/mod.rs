@@ -101,7 +101,12 @@ async fn wrong_method(request: Request) -> Failure {
 }
 
 /// The outermost layer: gives the request its id, writes out failures, and adds what every answer carries.
-async fn finish(State(api): State<Shared>, matched: Option<MatchedPath>, request: Request, next: Next) -> Response {
+async fn finish(
+    State(api): State<Shared>,
+    matched: Option<MatchedPath>,
+    request: Request,
+    next: Next,
+) -> Response {
     let begin = Instant::now();
     let id = request_id();
     let route = matched.map_or_else(|| "none".to_owned(), |path| path.as_str().to_owned());
@@ -112,7 +117,7 @@ async fn finish(State(api): State<Shared>, matched: Option<MatchedPath>, request
         let Failure { status, body } = failure;
         tracing::debug!(request_id = %id, %method, path, %status, "{}", body.message);
         let headers = std::mem::take(response.headers_mut());
-        response = json(status, &ApiError { request_id: id.clone(), ..body });
+        response = json(status, &ApiError { request_id: id.clone(), ..*body });
         // The list of possible methods of a 405.
         response.headers_mut().extend(headers.into_iter().filter(|(name, _)| *name == Some(header::ALLOW)));
         if body::closes(status) {

@@ -51,7 +51,9 @@ pub enum ServeError {
     #[error("another process listens at {0}")]
     Taken(PathBuf),
     /// Not a loopback address.
-    #[error("{0} is not a loopback address: the API has no transport security yet, so it is not offered to other hosts")]
+    #[error(
+        "{0} is not a loopback address: the API has no transport security yet, so it is not offered to other hosts"
+    )]
     NotLoopback(SocketAddr),
     /// There is no such group.
     #[error("there is no group {0:?}")]
@@ -100,10 +102,11 @@ pub async fn tcp(address: SocketAddr) -> Result<TcpListener, ServeError> {
 /// another origin. A Unix socket is out of a browser's reach.
 async fn local_only(request: Request, next: Next) -> Response {
     let host = request.headers().get(header::HOST).and_then(|v| v.to_str().ok()).unwrap_or("");
-    let name = host.rsplit_once(':').map_or(host, |(name, port)| {
-        if port.bytes().all(|b| b.is_ascii_digit()) { name } else { host }
-    });
-    if !["localhost", "127.0.0.1", "[::1]"].contains(&name) || request.headers().contains_key(header::ORIGIN) {
+    let name = host
+        .rsplit_once(':')
+        .map_or(host, |(name, port)| if port.bytes().all(|b| b.is_ascii_digit()) { name } else { host });
+    if !["localhost", "127.0.0.1", "[::1]"].contains(&name) || request.headers().contains_key(header::ORIGIN)
+    {
         let text = "this address is for programs on this host: the Host header must name it, and no Origin is accepted";
         return Failure::denied(text).into_response();
     }

@@ -18,11 +18,8 @@ pub async fn version(State(api): State<Shared>, request: Request) -> Result<Resp
         let state = api.consensus.replica().state();
         (state.revision(), state.cluster().map_or(0, |cluster| cluster.feature_level))
     };
-    let version = Version {
-        version: env!("CARGO_PKG_VERSION").into(),
-        node: api.node_name.clone(),
-        feature_level,
-    };
+    let version =
+        Version { version: env!("CARGO_PKG_VERSION").into(), node: api.node_name.clone(), feature_level };
     Ok(answer(StatusCode::OK, revision, &version))
 }
 

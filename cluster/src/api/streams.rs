@@ -42,7 +42,9 @@ pub async fn open(
     Parameters::of(request.uri(), &[])?;
     let wanted = request.headers().get(header::UPGRADE).and_then(|v| v.to_str().ok());
     if !wanted.is_some_and(|v| v.eq_ignore_ascii_case(UPGRADE)) {
-        return Err(Failure::malformed(format!("this request needs Connection: upgrade and Upgrade: {UPGRADE}")));
+        return Err(Failure::malformed(format!(
+            "this request needs Connection: upgrade and Upgrade: {UPGRADE}"
+        )));
     }
     if request.extensions().get::<hyper::upgrade::OnUpgrade>().is_none() {
         return Err(Failure::malformed("this connection cannot be upgraded: HTTP/1.1 is needed"));

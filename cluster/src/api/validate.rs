@@ -67,16 +67,19 @@ pub fn spec(state: &State, spec: &VmSpec, without: &[String], found: &mut Vec<De
     let network = spec.network.as_deref().unwrap_or(DEFAULT_NETWORK);
     if network != NO_NETWORK && state.network(network).is_none() {
         let known: Vec<&str> = state.networks().map(|n| n.name.as_str()).collect();
-        wrong("network", "not_found", format!("there is no network {network:?}, but {}, none", known.join(", ")));
+        wrong(
+            "network",
+            "not_found",
+            format!("there is no network {network:?}, but {}, none", known.join(", ")),
+        );
     }
     if spec.cmdline.len() > CMDLINE_USER_MAX || !spec.cmdline.bytes().all(|b| (0x20..0x7f).contains(&b)) {
         let form = format!("at most {CMDLINE_USER_MAX} printable ASCII characters are possible");
         wrong("cmdline", "bad_format", form);
     }
-    if let Some(cwd) = spec.cwd.as_deref().filter(|cwd| !cwd.is_empty()) {
-        if !cwd.starts_with('/') || cwd.len() > PATH_MAX {
-            wrong("cwd", "bad_format", format!("an absolute path of at most {PATH_MAX} bytes is needed"));
-        }
+    let absolute = |cwd: &String| cwd.is_empty() || (cwd.starts_with('/') && cwd.len() <= PATH_MAX);
+    if !spec.cwd.as_ref().is_none_or(absolute) {
+        wrong("cwd", "bad_format", format!("an absolute path of at most {PATH_MAX} bytes is needed"));
     }
     if spec.user.as_ref().is_some_and(|user| user.len() > USER_MAX || user.contains(char::is_whitespace)) {
         wrong("user", "bad_format", format!("user or user:group of at most {USER_MAX} characters is needed"));
@@ -94,11 +97,16 @@ pub fn spec(state: &State, spec: &VmSpec, without: &[String], found: &mut Vec<De
 
 fn labels(labels: &BTreeMap<String, String>, wrong: &mut impl FnMut(&str, &str, String)) {
     if labels.len() > LABELS_MAX {
-        wrong("labels", "out_of_range", format!("{} labels, at most {LABELS_MAX} are possible", labels.len()));
+        wrong(
+            "labels",
+            "out_of_range",
+            format!("{} labels, at most {LABELS_MAX} are possible", labels.len()),
+        );
     }
     let good = |text: &str| text.chars().count() <= LABEL_CHARS_MAX && !text.contains(char::is_control);
     if labels.iter().any(|(key, value)| key.is_empty() || !good(key) || !good(value)) {
-        let form = format!("keys have 1 to {LABEL_CHARS_MAX} characters, values at most as many, none is a control");
+        let form =
+            format!("keys have 1 to {LABEL_CHARS_MAX} characters, values at most as many, none is a control");
         wrong("labels", "bad_format", form);
     }
 }

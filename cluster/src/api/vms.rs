@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use axum::body::Body;
 use axum::extract::{Path, Request, State};
-use axum::http::{StatusCode, Uri};
 use axum::http::request::Parts;
+use axum::http::{StatusCode, Uri};
 use axum::response::{IntoResponse, Response};
 use blixard_api::vm::{CreateVm, StopVm, VmView};
 use blixard_api::{PAGE_ITEMS_MAX, Page, VmId, check_name};
@@ -171,7 +171,7 @@ fn no_verb(method: &str, verb: &str) -> Failure {
 
 async fn start(api: &Api, project: &str, name: &str, request: Request) -> Result<Response, Failure> {
     let (parts, content) = request.into_parts();
-    let (key, kept) = begin(api, &parts, content, |bytes| empty(bytes)).await?;
+    let (key, kept) = begin(api, &parts, content, empty).await?;
     let request_us = clock::monotonic_us();
     if let Some((revision, kept)) = kept {
         return api.vm_answer(revision, kept);
@@ -275,7 +275,10 @@ impl Api {
         match (matching.next(), matching.next()) {
             (Some(vm), None) => Ok(Arc::clone(vm)),
             (Some(a), Some(b)) => {
-                let text = format!("{name:?} is the beginning of several ids, among them those of {:?} and {:?}", a.name, b.name);
+                let text = format!(
+                    "{name:?} is the beginning of several ids, among them those of {:?} and {:?}",
+                    a.name, b.name
+                );
                 Err(Failure::conflict(text).suggest("give more characters, or the name"))
             }
             (None, _) => Err(no_vm(name)),

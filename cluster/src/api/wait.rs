@@ -56,7 +56,8 @@ pub fn wanted(parameters: &Parameters) -> Result<Option<(Vec<Condition>, Duratio
     let Some(text) = parameters.text("wait")? else { return Ok(None) };
     let conditions: Result<Vec<Condition>, ()> = text.split(',').map(str::parse).collect();
     let conditions = conditions.map_err(|()| {
-        let form = "ready, gone and the names of phases (stopped, failed, …) are possible, separated by commas";
+        let form =
+            "ready, gone and the names of phases (stopped, failed, …) are possible, separated by commas";
         Failure::field("wait", "bad_format", form)
     })?;
     Ok(Some((conditions, Duration::from_millis(timeout))))
@@ -92,12 +93,7 @@ impl Api {
     ///
     /// # Errors
     /// 408 with what it is doing, 503 when the node stops.
-    pub async fn wait_for(
-        &self,
-        id: VmId,
-        conditions: &[Condition],
-        time: Duration,
-    ) -> Result<(), Failure> {
+    pub async fn wait_for(&self, id: VmId, conditions: &[Condition], time: Duration) -> Result<(), Failure> {
         let deadline = Instant::now() + time;
         let mut revisions = self.consensus.replica().revisions();
         loop {

@@ -31,8 +31,10 @@ pub async fn watch(State(api): State<Shared>, request: Request) -> Result<Respon
     let now = *revisions.borrow();
     let after = parameters.number("after", 0, u64::MAX)?.unwrap_or(now);
     let gone = |Compacted { forgotten }: Compacted| {
-        Failure::compacted(format!("changes after revision {after} are no longer all known, but those after {forgotten}"))
-            .suggest("list the VMs, then watch from the revision of that list")
+        Failure::compacted(format!(
+            "changes after revision {after} are no longer all known, but those after {forgotten}"
+        ))
+        .suggest("list the VMs, then watch from the revision of that list")
     };
     api.consensus.replica().changes_after(after, 1).map_err(gone)?;
     if after > now {
@@ -46,7 +48,9 @@ pub async fn watch(State(api): State<Shared>, request: Request) -> Result<Respon
         Some((Ok::<Bytes, std::io::Error>(line), watcher))
     });
     let mut response = Body::from_stream(lines).into_response();
-    response.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static("application/x-ndjson"));
+    response
+        .headers_mut()
+        .insert(header::CONTENT_TYPE, header::HeaderValue::from_static("application/x-ndjson"));
     response.headers_mut().insert(HeaderName::from_static(REVISION_HEADER), after.into());
     Ok(response)
 }

@@ -41,7 +41,11 @@ fn a_phase_is_replicated_once_and_usage_and_reasons_not_at_all() {
     vm.memory_bytes = Some(2);
     vm.reason = Some("still at it".into());
     assert_eq!(news(&cluster.state, 1, &report(1, vec![vm])), []);
-    assert_eq!(news(&cluster.state, 2, &report(1, vec![told(1, 1, AgentPhase::Running)])), [], "not its node");
+    assert_eq!(
+        news(&cluster.state, 2, &report(1, vec![told(1, 1, AgentPhase::Running)])),
+        [],
+        "not its node"
+    );
 }
 
 #[test]

@@ -65,8 +65,12 @@ impl ImportFailure {
     /// What to try.
     pub fn suggestion(&self) -> Option<String> {
         match self {
-            Self::Image(_) => Some("give a root file system as tar, an OCI layout as tar, or what docker save writes".into()),
-            Self::Kernel(_) | Self::Initramfs(_) => Some("make the upload with: blixard kernel import".into()),
+            Self::Image(_) => Some(
+                "give a root file system as tar, an OCI layout as tar, or what docker save writes".into(),
+            ),
+            Self::Kernel(_) | Self::Initramfs(_) => {
+                Some("make the upload with: blixard kernel import".into())
+            }
             Self::HostKernel(_) => Some("sudo blixard kernel import".into()),
             Self::Init { .. } => Some("install blixard-init beside blixard-node".into()),
             Self::NoSpace { .. } | Self::Keep(_) | Self::Temporary(_) => None,

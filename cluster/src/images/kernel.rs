@@ -54,7 +54,8 @@ impl Importer {
     /// # Errors
     /// See [`ImportFailure`]; on many hosts the kernel may only be read by root.
     pub fn host_kernel(&self, name: String) -> Result<KernelRecord, ImportFailure> {
-        let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").map_err(ImportFailure::Temporary)?;
+        let release =
+            std::fs::read_to_string("/proc/sys/kernel/osrelease").map_err(ImportFailure::Temporary)?;
         let release = release.trim();
         let (kernel, modules) = (format!("/boot/vmlinuz-{release}"), format!("/lib/modules/{release}"));
         let files = collect_kernel(Path::new(&kernel), Path::new(&modules))
@@ -76,7 +77,10 @@ impl Importer {
     }
 
     /// Keeps what `write` writes.
-    fn keep_hashed(&self, write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<BlobRef, ImportFailure> {
+    fn keep_hashed(
+        &self,
+        write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+    ) -> Result<BlobRef, ImportFailure> {
         let mut temporary =
             tempfile::NamedTempFile::new_in(self.blobs().spool()).map_err(ImportFailure::Temporary)?;
         let mut out = Hashed { file: temporary.as_file_mut(), hash: Sha256::new() };

@@ -8,4 +8,4 @@ pub mod import;
 mod kernel;
 pub mod upload;
 
-pub use import::{FREE_BYTES_MIN, Importer, ImportFailure};
+pub use import::{FREE_BYTES_MIN, ImportFailure, Importer};

@@ -27,7 +27,9 @@ pub fn upload(body: Body) -> (Upload, impl Future<Output = ()> + Send) {
 async fn pump(mut body: Body, parts: mpsc::Sender<io::Result<Bytes>>) {
     loop {
         let frame = match tokio::time::timeout(BODY_TIME_MAX, body.frame()).await {
-            Err(_) => Err(io::Error::new(io::ErrorKind::TimedOut, "nothing more of the upload arrived in time")),
+            Err(_) => {
+                Err(io::Error::new(io::ErrorKind::TimedOut, "nothing more of the upload arrived in time"))
+            }
             Ok(None) => return,
             Ok(Some(Err(error))) => Err(io::Error::new(io::ErrorKind::UnexpectedEof, error)),
             Ok(Some(Ok(frame))) => match frame.into_data() {

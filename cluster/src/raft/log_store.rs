@@ -193,7 +193,10 @@ fn write(shared: &Shared, queue: &mpsc::Receiver<Job>) {
         if let Err(error) = &result {
             tracing::error!(%error, "the log cannot be written");
         }
-        let answer = || result.as_ref().map(|()| ()).map_err(|e| io::Error::other(e.to_string()));
+        let answer = || match &result {
+            Ok(()) => Ok(()),
+            Err(error) => Err(io::Error::other(error.to_string())),
+        };
         for job in jobs {
             match job {
                 Job::Append { entries, flushed } => {

@@ -17,8 +17,8 @@ pub mod types;
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use openraft::errors::{ClientWriteError, RaftError};
@@ -190,7 +190,9 @@ impl Consensus {
         match self.raft.client_write(proposal).await {
             Ok(response) => match response.data {
                 Applied::Command(outcome) => Ok((response.log_id.index, *outcome)),
-                Applied::Nothing => Err(ProposeError::Stopped("the entry came back without an answer".into())),
+                Applied::Nothing => {
+                    Err(ProposeError::Stopped("the entry came back without an answer".into()))
+                }
             },
             Err(RaftError::APIError(ClientWriteError::ForwardToLeader(forward))) => {
                 Err(ProposeError::NotLeader { leader: forward.leader_node.map(|n| n.addr) })

@@ -40,11 +40,9 @@ async fn open(folder: &Path) -> Consensus {
 }
 
 async fn begin(consensus: &Consensus) {
-    for command in [
-        init(16),
-        Command::PutImage(Box::new(image("img"))),
-        Command::PutKernel(Box::new(kernel("default"))),
-    ] {
+    for command in
+        [init(16), Command::PutImage(Box::new(image("img"))), Command::PutKernel(Box::new(kernel("default")))]
+    {
         consensus.propose(proposal(command)).await.unwrap().1.unwrap();
     }
 }

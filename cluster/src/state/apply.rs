@@ -7,7 +7,7 @@ use blixard_api::vm::{Desired, VmSpec, grace_default};
 
 use super::address::{HostRange, nic};
 use super::command::{Answer, Command, Outcome, Proposal, Refusal};
-use super::records::{ClusterRecord, NetworkRecord, NodeId, NodeRecord, NicRecord, Observed, Pins, VmRecord};
+use super::records::{ClusterRecord, NetworkRecord, NicRecord, NodeId, NodeRecord, Observed, Pins, VmRecord};
 use super::{ANSWER_KEPT_MS, ANSWERS_MAX, KeptAnswer, PLAN_BYTES_MAX, RecordKey, State, VMS_MAX, workload};
 
 /// Most names that a refusal lists.
@@ -120,7 +120,8 @@ impl State {
                 Ok(Answer::Kernel(kernel))
             }
             Command::DeleteKernel { name } => {
-                let kernel = self.kernels.get(name).cloned().ok_or_else(|| Refusal::NoKernel(name.clone()))?;
+                let kernel =
+                    self.kernels.get(name).cloned().ok_or_else(|| Refusal::NoKernel(name.clone()))?;
                 self.check_unused(|vm| vm.pins.initramfs.digest == kernel.initramfs.digest)?;
                 self.kernels.remove(name);
                 self.changed.insert(RecordKey::Kernel(name.clone()));
@@ -163,7 +164,8 @@ impl State {
         now_ms: u64,
     ) -> Outcome {
         if let Some(vm) = self.vms.get(&id) {
-            let same = vm.project == project && vm.name == name && vm.spec == *spec && vm.desired != Desired::Gone;
+            let same =
+                vm.project == project && vm.name == name && vm.spec == *spec && vm.desired != Desired::Gone;
             return if same {
                 Ok(Answer::Vm { vm: Arc::clone(vm), created: false })
             } else {
@@ -181,8 +183,11 @@ impl State {
         }
         let image = self.image(&spec.image).cloned().ok_or_else(|| Refusal::NoImage(spec.image.clone()))?;
         let kernel_name = spec.kernel.as_deref().unwrap_or(DEFAULT_KERNEL);
-        let kernel =
-            self.kernels.get(kernel_name).cloned().ok_or_else(|| Refusal::NoKernel(kernel_name.to_owned()))?;
+        let kernel = self
+            .kernels
+            .get(kernel_name)
+            .cloned()
+            .ok_or_else(|| Refusal::NoKernel(kernel_name.to_owned()))?;
         let mut vm = VmRecord {
             id,
             project: project.to_owned(),

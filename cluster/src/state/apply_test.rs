@@ -5,9 +5,9 @@ use std::collections::BTreeMap;
 use blixard_api::vm::{Desired, Phase};
 use proptest::prelude::*;
 
+use super::super::ANSWER_KEPT_MS;
 use super::super::testing::{Cluster, blob, create, id, image, init, kernel};
 use super::super::{Answer, Command, Key, Observed, Outcome, RecordKey, Refusal, State, invariants};
-use super::super::ANSWER_KEPT_MS;
 
 fn told(start: u64, phase: Phase) -> Observed {
     Observed { phase, guest_ready: phase == Phase::Running, ..Observed::nothing(start) }
@@ -122,10 +122,12 @@ fn addresses_are_given_in_order_and_again_when_all_others_are_taken() {
     for n in 1..=5 {
         cluster.run(create(n, &format!("vm{n}"))).unwrap();
     }
-    let address = |cluster: &Cluster, n| cluster.state.vm(id(n)).unwrap().nic.as_ref().unwrap().v4.to_string();
-    assert_eq!((1..=5).map(|n| address(&cluster, n)).collect::<Vec<_>>(), [
-        "10.88.0.2", "10.88.0.3", "10.88.0.4", "10.88.0.5", "10.88.0.6"
-    ]);
+    let address =
+        |cluster: &Cluster, n| cluster.state.vm(id(n)).unwrap().nic.as_ref().unwrap().v4.to_string();
+    assert_eq!(
+        (1..=5).map(|n| address(&cluster, n)).collect::<Vec<_>>(),
+        ["10.88.0.2", "10.88.0.3", "10.88.0.4", "10.88.0.5", "10.88.0.6"]
+    );
     assert_eq!(cluster.run(create(6, "vm6")), Err(Refusal::NetworkFull("default".into())));
     cluster.run(delete(2, true)).unwrap();
     cluster.run(Command::ForgetVm { id: id(2), epoch: 1 }).unwrap();
@@ -213,7 +215,13 @@ fn a_plan_that_no_agent_would_take_is_refused_before_it_exists() {
 fn commands() -> impl Strategy<Value = Vec<(Command, Option<u8>)>> {
     let number = || 1u128..6;
     let phase = prop::sample::select(vec![
-        Phase::Pending, Phase::Preparing, Phase::Starting, Phase::Running, Phase::Stopping, Phase::Stopped, Phase::Failed,
+        Phase::Pending,
+        Phase::Preparing,
+        Phase::Starting,
+        Phase::Running,
+        Phase::Stopping,
+        Phase::Stopped,
+        Phase::Failed,
     ]);
     let generation = || prop::option::weighted(0.2, 1u64..4);
     let command = prop_oneof![

@@ -79,5 +79,7 @@ fn unlisted_means_gone(state: &State) -> bool {
 }
 
 fn numbers_are_bounded(state: &State) -> bool {
-    state.vms.len() <= VMS_MAX && state.answers.len() <= ANSWERS_MAX && state.answer_ages.len() == state.answers.len()
+    state.vms.len() <= VMS_MAX
+        && state.answers.len() <= ANSWERS_MAX
+        && state.answer_ages.len() == state.answers.len()
 }

@@ -26,8 +26,8 @@ use serde::de::DeserializeOwned;
 
 pub use command::{Answer, Command, Key, Outcome, Proposal, Refusal};
 pub use records::{
-    ClusterRecord, ImageRecord, KeptAnswer, KernelRecord, NetworkRecord, NicRecord, NodeId, NodeRecord, Observed,
-    Pins, VmRecord,
+    ClusterRecord, ImageRecord, KeptAnswer, KernelRecord, NetworkRecord, NicRecord, NodeId, NodeRecord,
+    Observed, Pins, VmRecord,
 };
 
 /// Most VMs of the cluster: as many as one plan may list.

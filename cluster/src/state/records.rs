@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use blixard_agent_api::{BlobRef, Digest};
+use blixard_api::VmId;
 use blixard_api::image::ImageConfig;
 use blixard_api::vm::{Desired, Phase, VmSpec};
-use blixard_api::VmId;
 use blixard_netd_api::Subnet;
 use blixard_vmm_api::ExitReason;
 use blixard_vmm_api::config::MacAddr;

@@ -53,13 +53,17 @@ mod tests {
         let run = |json| effective(&image(), &spec(json)).unwrap().args;
         assert_eq!(run(r#"{"image":"a","command":["x"]}"#), ["/entry", "x"]);
         assert_eq!(run(r#"{"image":"a","entrypoint":["/bin/sh"]}"#), ["/bin/sh"]);
-        assert_eq!(run(r#"{"image":"a","entrypoint":["/bin/sh"],"command":["-c","id"]}"#), ["/bin/sh", "-c", "id"]);
+        assert_eq!(
+            run(r#"{"image":"a","entrypoint":["/bin/sh"],"command":["-c","id"]}"#),
+            ["/bin/sh", "-c", "id"]
+        );
         assert_eq!(run(r#"{"image":"a","entrypoint":[],"command":["ls"]}"#), ["ls"]);
     }
 
     #[test]
     fn the_environment_is_merged_entry_by_entry() {
-        let run = effective(&image(), &spec(r#"{"image":"a","env":{"B":"spec","C":"spec"},"cwd":"/"}"#)).unwrap();
+        let run =
+            effective(&image(), &spec(r#"{"image":"a","env":{"B":"spec","C":"spec"},"cwd":"/"}"#)).unwrap();
         let env: Vec<_> = run.env.iter().map(|(k, v)| format!("{k}={v}")).collect();
         assert_eq!(env, ["A=image", "B=spec", "C=spec"]);
         assert_eq!(run.cwd, "/");

@@ -52,10 +52,14 @@ impl Node {
         let init = self.folder.path().join("init");
         std::fs::write(&init, b"an init program").unwrap();
         let mut process = Command::new(env!("CARGO_BIN_EXE_blixard-node"))
-            .arg("--state").arg(self.folder.path().join("state"))
-            .arg("--agent").arg(self.agent_socket())
-            .arg("--socket").arg(self.socket())
-            .arg("--init").arg(init)
+            .arg("--state")
+            .arg(self.folder.path().join("state"))
+            .arg("--agent")
+            .arg(self.agent_socket())
+            .arg("--socket")
+            .arg(self.socket())
+            .arg("--init")
+            .arg(init)
             .args(["--name", "one", "--snapshot-after", "50"])
             .stderr(Stdio::piped())
             .spawn()
@@ -256,8 +260,12 @@ impl Answer {
     pub fn details(&self) -> Vec<(String, String)> {
         let body = self.json();
         let text = |v: &Value| v.as_str().unwrap().to_owned();
-        let mut found: Vec<_> = body["details"].as_array().unwrap().iter()
-            .map(|d| (text(&d["field"]), text(&d["code"]))).collect();
+        let mut found: Vec<_> = body["details"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|d| (text(&d["field"]), text(&d["code"])))
+            .collect();
         found.sort();
         found
     }
