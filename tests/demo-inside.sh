@@ -28,7 +28,7 @@ show blixard rm -f --wait hello
 [ -z "$(blixard ps -a -q)" ] || fail "blixard ps still shows a VM"
 ! pgrep -x blixard-vmm >/dev/null || fail "a VMM still runs"
 ! ip -o link | grep -q 'bxv' || fail "a TAP is left"
-! nft list ruleset | grep -q 'bxv' || fail "a packet filter rule is left"
+! nft list ruleset | grep -q 'bxv[^*]' || fail "a packet filter rule is left"
 [ -z "$(find /sys/fs/cgroup -type d -regextype posix-extended -regex '.*/(vm-)?[0-9A-Z]{26}.*')" ] || fail "a cgroup is left"
 [ -z "$(find "${BLIXARD_STATE:-/nonexistent}" -regextype posix-extended -regex '.*/(vm-)?[0-9A-Z]{26}.*' 2>/dev/null)" ] || fail "a file is left"
 printf '\nremoved without trace: no process, TAP, rule, cgroup or file is left\n'

@@ -205,8 +205,9 @@ pub fn traces(folder: &Path) -> Vec<String> {
             found.push(format!("interface: {line}"));
         }
     }
-    // The tables stay for the network; what names a nic must be gone.
-    for line in list("nft", &["list", "ruleset"]).lines().filter(|l| l.contains("bxv")) {
+    // The tables stay for the network, with rules for all nics (`bxv*`); what names one nic must be gone.
+    let names_a_nic = |line: &&str| line.contains("bxv") && !line.contains("bxv*");
+    for line in list("nft", &["list", "ruleset"]).lines().filter(names_a_nic) {
         found.push(format!("rule: {}", line.trim()));
     }
     for entry in fs::read_dir("/proc").unwrap().flatten() {

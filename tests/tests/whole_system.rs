@@ -36,6 +36,7 @@ fn main() -> std::process::ExitCode {
     let trials = tests.into_iter().map(|(name, test)| {
         Trial::test(name, move || {
             std::panic::catch_unwind(test).map_err(|e| {
+                tidy();
                 let text = e.downcast_ref::<String>().cloned();
                 Failed::from(
                     text.or_else(|| e.downcast_ref::<&str>().map(|s| (*s).into())).unwrap_or_default(),
@@ -76,6 +77,15 @@ fn host() -> &'static Host {
 fn cloud_kernel() -> String {
     let names = std::fs::read_dir("/lib/modules").unwrap().flatten();
     names.map(|e| e.file_name().to_string_lossy().into_owned()).find(|n| n.contains("cloud")).unwrap()
+}
+
+/// Removes what a failed test left, so that it does not fail the next ones.
+fn tidy() {
+    if let Some(host) = HOST.get() {
+        for vm in host.blixard(&["ps", "-a", "-q"]).out.split_whitespace() {
+            host.blixard(&["rm", "-f", vm]);
+        }
+    }
 }
 
 fn remove(vm: &str) {
