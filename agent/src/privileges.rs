@@ -3,7 +3,7 @@
 use caps::{CapSet, Capability, CapsHashSet};
 
 /// Each capability with its reason. The systemd unit's `CapabilityBoundingSet=` is the same list.
-pub const KEPT: [(Capability, &str); 6] = [
+pub const KEPT: [(Capability, &str); 7] = [
     (
         Capability::CAP_SYS_ADMIN,
         "namespaces, empty root and pivot_root of a jail; cgroup.kill across namespaces",
@@ -11,6 +11,7 @@ pub const KEPT: [(Capability, &str); 6] = [
     (Capability::CAP_SETUID, "the jailed process becomes the VM's user"),
     (Capability::CAP_SETGID, "the jailed process becomes the VM's group and leaves all others"),
     (Capability::CAP_SETPCAP, "the jailed process empties its bounding set"),
+    (Capability::CAP_DAC_OVERRIDE, "connecting to netd's socket, which belongs to netd's user"),
     (Capability::CAP_KILL, "ending a VMM, which has another user"),
     (Capability::CAP_SYS_RESOURCE, "more descriptors for the agent of many VMs"),
 ];
