@@ -401,6 +401,9 @@ pub struct Dev {
     /// Leave VMs running at the end
     #[arg(long)]
     pub keep: bool,
+    /// Do not import this host's kernel when there is no kernel `default`
+    #[arg(long)]
+    pub no_kernel: bool,
     /// Folder with the other programs; otherwise the one of this program, then PATH
     #[arg(long, value_name = "DIR")]
     pub bin_dir: Option<PathBuf>,
@@ -410,4 +413,96 @@ pub struct Dev {
     /// Run this once everything is ready, and end with its exit code
     #[arg(last = true, value_name = "COMMAND")]
     pub command: Vec<String>,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    fn parse(words: &str) -> Result<Cli, clap::Error> {
+        Cli::try_parse_from(std::iter::once("blixard").chain(words.split_whitespace()))
+    }
+
+    #[test]
+    fn the_definition_of_the_command_line_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn what_users_of_docker_and_kubectl_type_is_understood() {
+        for good in [
+            "run -d --rm=false img",
+            "run -it --rm --name x --cpus 2 -m 512M img sh",
+            "run -d --wait ready --timeout 2m --network none --kernel k img",
+            "ps -a -l a=b -l c=d -w",
+            "ps -aq",
+            "-H http://127.0.0.1:1 -p other -o json ps",
+            "ps -o wide -p other",
+            "logs -f --tail 10 web",
+            "logs -n 10 web",
+            "exec -it web sh",
+            "exec -i -e A=b -w /srv -u 1:2 web cat -n",
+            "exec web -- ls -l",
+            "console web",
+            "stop -t 0 a b c",
+            "start --wait none a",
+            "start --wait ready a",
+            "rm -f a b",
+            "rm -f --wait a",
+            "rm --no-wait a",
+            "wait --for ready --timeout 120s a",
+            "inspect a b",
+            "image import - --name x",
+            "image import x.tar",
+            "image ls -q",
+            "image rm a b",
+            "kernel import",
+            "kernel import --release 6.1.0",
+            "kernel import --kernel k --modules m --name n",
+            "kernel ls",
+            "doctor --fix",
+            "dev --state s --run r --keep",
+            "dev -- make test",
+            "version",
+            "completion zsh",
+        ] {
+            // `--rm=false` is the one form that is not ours.
+            let parsed = parse(good);
+            assert_eq!(parsed.is_ok(), !good.contains("=false"), "{good}: {:?}", parsed.err());
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_meant_is_refused() {
+        for wrong in [
+            "",
+            "run",
+            "run -d -i img",
+            "run -d --rm img",
+            "run -m 512 img",
+            "run --timeout soon img",
+            "run -e =x img",
+            "exec web",
+            "stop",
+            "stop -t -1 web",
+            "rm --wait --no-wait a",
+            "kernel import --kernel k",
+            "kernel import --release r --kernel k --modules m",
+            "ps -o xml",
+            "wait --for ever a",
+            "image",
+        ] {
+            let error = parse(wrong).expect_err(wrong);
+            assert!(error.use_stderr() || wrong.is_empty() || wrong == "image", "{wrong}");
+        }
+    }
+
+    #[test]
+    fn everything_after_the_name_of_a_vm_is_the_command() {
+        let Command::Exec(exec) = parse("exec -i web sh -c -t --name x").unwrap().command else { panic!() };
+        assert_eq!(exec.command, ["sh", "-c", "-t", "--name", "x"]);
+        assert!(exec.interactive && !exec.tty);
+    }
 }

@@ -1,7 +1,7 @@
 //! `run`: makes a VM from an image, and shows it until it has ended.
 
 use std::io::IsTerminal;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use blixard_api::client::ClientError;
 use blixard_api::vm::{CreateVm, StopVm, VmSpec, VmView};
@@ -21,6 +21,9 @@ use crate::terminal::RawMode;
 const BEGIN_TIME: Duration = Duration::from_secs(600);
 /// Longest time for the removal after `--rm`.
 const REMOVE_TIME: Duration = Duration::from_secs(60);
+
+/// Signals in this time are one: `timeout` and terminals send to a process and to its group.
+const ONE_SIGNAL: Duration = Duration::from_millis(300);
 
 /// `run`.
 pub async fn run(context: &Context, options: Run) -> Result<u8, CliError> {
@@ -166,13 +169,19 @@ async fn interrupted(context: &Context, subject: Subject<'_>) {
         }
     };
     next().await;
+    let first = Instant::now();
     if std::io::stderr().is_terminal() && !context.output.quiet {
         context.output.note("\nStopping the VM; Ctrl-C again leaves it alone.");
     }
     if let Err(error) = subject.client.stop_vm(subject.project, subject.name, StopVm::default()).await {
         context.output.error(&error.into());
     }
-    next().await;
+    loop {
+        next().await;
+        if first.elapsed() > ONE_SIGNAL {
+            return;
+        }
+    }
 }
 
 #[cfg(test)]

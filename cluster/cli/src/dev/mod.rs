@@ -50,7 +50,7 @@ pub async fn dev(output: Output, options: Dev) -> Result<u8, CliError> {
         () = signals.next() => Ok(None),
     };
     let result = match result {
-        Ok(Some(client)) => serve(output, &options, &folders, &client, &mut signals).await,
+        Ok(Some(client)) => serve(output, &options, &client, &mut signals).await,
         Ok(None) => Ok(code::INTERRUPTED),
         Err(error) => Err(error),
     };
@@ -62,12 +62,14 @@ pub async fn dev(output: Output, options: Dev) -> Result<u8, CliError> {
 async fn serve(
     output: Output,
     options: &Dev,
-    folders: &Folders,
     client: &Client,
     signals: &mut Signals,
 ) -> Result<u8, CliError> {
     let host = client.host().to_string();
     let import = async {
+        if options.no_kernel {
+            return;
+        }
         if let Err(error) = default_kernel(output, client).await {
             output
                 .note(&format!("dev   | no default kernel: {}", error.to_text().replace('\n', "\ndev   | ")));
@@ -90,7 +92,6 @@ async fn serve(
             output.note(&format!("dev   | VMs did not stop within {} s", STOP_TIME.as_secs()));
         }
     }
-    let _ = folders;
     result
 }
 
