@@ -2,7 +2,7 @@
 //! input is hostile: everything is bounded, nothing is unpacked anywhere, and errors name the entry at fault.
 //!
 //! * [`import_rootfs`]: a tar, an OCI layout or a docker archive becomes an EROFS image.
-//!   [`decompress`] → [`spool`] → [`tar`] → [`layer`] → [`tree`] → [`erofs`]; [`oci`] chooses the layers.
+//!   `decompress` → `spool` → `tar` → `layer` → `tree` → `erofs`; `oci` chooses the layers.
 //! * [`build_initramfs`]: what a guest starts from.
 //! * [`kernel`]: guest kernels with their modules.
 #![forbid(unsafe_code)]

@@ -11,7 +11,7 @@ use serde::de::DeserializeOwned;
 use crate::config::{ConfigFile, ImageConfig};
 use crate::decompress::Decoder;
 use crate::layer::{LayerError, apply_layer};
-use crate::limits::Limits;
+use crate::limits::{Budget, Limits};
 use crate::spool::{Region, Spool, SpoolError};
 use crate::tar::shown;
 use crate::tree::Tree;
@@ -190,7 +190,10 @@ pub fn read(
         Layout::Docker(images) => archive.docker(images)?,
     };
     let mut tree = Tree::new(limits);
+    // A manifest can name one large layer many times.
+    let mut budget = Budget::new("bytes of layers", limits.expanded_bytes);
     for (number, layer) in (1..).zip(layers) {
+        budget.take(layer.blob.length).map_err(SpoolError::Limit)?;
         let plain = expand(spool, &layer)?;
         apply_layer(&mut tree, spool, plain).map_err(|source| OciError::Layer { number, source })?;
     }
@@ -227,6 +230,16 @@ impl Files<'_> {
             .map_err(|source| OciError::Json { name: shown(name.as_bytes()), source })
     }
 
+    /// A document by its digest, which it is checked for.
+    fn document<T: DeserializeOwned>(&mut self, what: &'static str, digest: &str) -> Result<T, OciError> {
+        let name = format!("blobs/sha256/{}", hex(&parse_digest(digest)?));
+        let length = self.find(what, &name)?.length;
+        // Before its digest is computed: an index can name a large blob a thousand times.
+        Budget::new("bytes of a document", JSON_MAX).take(length).map_err(SpoolError::Limit)?;
+        let region = self.blob(what, digest)?;
+        self.json(digest, region)
+    }
+
     /// The blob with this digest, which it is checked for.
     fn blob(&mut self, what: &'static str, digest: &str) -> Result<Region, OciError> {
         let wanted = parse_digest(digest)?;
@@ -242,9 +255,13 @@ impl Files<'_> {
         let index: Index = self.json("index.json", region)?;
         let mut search = Search::default();
         self.search(index, INDEX_DEPTH_MAX, &mut search)?;
+        // One image may have several names.
+        search.images.sort_by(|a, b| a.0.cmp(&b.0));
         search.images.dedup_by(|a, b| a.0 == b.0);
         if search.images.len() > 1 {
-            let names = search.images.into_iter().map(|(digest, name, ..)| name.unwrap_or(digest)).collect();
+            let images = search.images.into_iter();
+            let mut names: Vec<String> = images.map(|(digest, name, ..)| name.unwrap_or(digest)).collect();
+            names.sort();
             return Err(OciError::Several { names });
         }
         let Some((_, _, manifest, config)) = search.images.pop() else {
@@ -273,19 +290,17 @@ impl Files<'_> {
             {
                 continue;
             }
-            let region = self.blob("manifest", &descriptor.digest)?;
             let is_index = descriptor.media_type.ends_with("index.v1+json")
                 || descriptor.media_type.ends_with("manifest.list.v2+json");
             if is_index {
-                let index = self.json(&descriptor.digest, region)?;
                 if depth > 0 {
+                    let index = self.document("index", &descriptor.digest)?;
                     self.search(index, depth - 1, search)?;
                 }
                 continue;
             }
-            let manifest: Manifest = self.json(&descriptor.digest, region)?;
-            let region = self.blob("configuration", &manifest.config.digest)?;
-            let config: ConfigFile = self.json(&manifest.config.digest, region)?;
+            let manifest: Manifest = self.document("manifest", &descriptor.digest)?;
+            let config: ConfigFile = self.document("configuration", &manifest.config.digest)?;
             if search.suits(&config.os, &config.architecture) {
                 let name = descriptor.annotations.as_ref().and_then(|all| {
                     all.get("io.containerd.image.name")

@@ -180,8 +180,10 @@ pub fn read_kernel_bundle(
     }
     let modules = parts.load(&spool, &release, limits)?;
     let mut kernel = spool.copy(region)?;
+    let unpacked = payload::unpack(&mut kernel, directory).map_err(SpoolError::Write)?;
+    let (mut kernel, kernel_bytes) = unpacked.unwrap_or((kernel, region.length));
     kernel.rewind().map_err(SpoolError::Read)?;
-    Ok(KernelBundle { release, kernel, kernel_bytes: region.length, modules })
+    Ok(KernelBundle { release, kernel, kernel_bytes, modules })
 }
 
 /// Where the parts of a bundle lie.

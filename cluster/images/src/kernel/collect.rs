@@ -18,7 +18,7 @@ const DEPTH_MAX: usize = 32;
 
 /// The modules a guest needs, in the order in which they are loaded: first what leads to the host, so that init can
 /// report early, then what the root is made of.
-const WANTED: [(&str, Need); 16] = [
+const WANTED: [(&str, Need); 14] = [
     ("virtio_pci", Need::For("all devices")),
     ("vmw_vsock_virtio_transport", Need::For("exec and status")),
     ("virtio_blk", Need::For("disks")),
@@ -34,8 +34,6 @@ const WANTED: [(&str, Need); 16] = [
     ("virtio_rng", Need::IfThere),
     ("virtio_balloon", Need::IfThere),
     ("squashfs", Need::IfThere),
-    ("failover", Need::IfThere),
-    ("net_failover", Need::IfThere),
 ];
 
 #[derive(Clone, Copy)]
