@@ -6,6 +6,7 @@ use std::path::Path;
 
 use super::elf::{self, ModuleError};
 use super::image::{HEAD, KernelImage, NotAKernel, is_release};
+use super::payload;
 use crate::decompress::Decoder;
 use crate::initramfs::{MODULES_MAX, is_module_name};
 use crate::limits::{Budget, LimitReached};
@@ -180,7 +181,7 @@ pub fn read_kernel_bundle(
     }
     let modules = parts.load(&spool, &release, limits)?;
     let mut kernel = spool.copy(region)?;
-    let unpacked = payload::unpack(&mut kernel, directory).map_err(SpoolError::Write)?;
+    let unpacked = payload::unpack(&mut kernel, directory).map_err(|source| SpoolError::Write { directory: directory.into(), source })?;
     let (mut kernel, kernel_bytes) = unpacked.unwrap_or((kernel, region.length));
     kernel.rewind().map_err(SpoolError::Read)?;
     Ok(KernelBundle { release, kernel, kernel_bytes, modules })
