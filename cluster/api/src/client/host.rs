@@ -99,7 +99,7 @@ impl Host {
                 format!("the socket is there but nobody listens: the node has ended. If so, {start}")
             }
             (Self::Unix(path), io::ErrorKind::PermissionDenied) => format!(
-                "your user may not use the socket: run with sudo, or join the group that `ls -l {}` shows",
+                "your user may not use the socket: run with sudo, or join the group that `ls -lL {}` shows",
                 path.display()
             ),
             (Self::Http(_), io::ErrorKind::ConnectionRefused) => {
