@@ -26,10 +26,12 @@ use crate::record::Slot;
 /// * `panic=-1`: a guest kernel that panicked resets at once, so its VM ends instead of hanging.
 /// * `tsc=reliable no_timer_check`: the clock and timer of a VM need no measuring.
 /// * `cryptomgr.notests random.trust_cpu=on`: no self-tests at boot; entropy from the processor at once.
-/// * `8250.nr_uarts=1 i8042.noaux i8042.nokbd i8042.nomux i8042.nopnp i8042.dumbkbd`: no probing of ports that are not there.
+/// * `8250.nr_uarts=1`: no probing of serial ports that are not there.
 /// * `pci=lastbus=0`: one root bus.
+///
+/// Nothing about the keyboard controller: ACPI says that there is none, and `i8042.nopnp` would make the kernel probe it.
 pub const CMDLINE: &str = "console=ttyS0 quiet loglevel=4 panic=-1 tsc=reliable no_timer_check cryptomgr.notests \
-     random.trust_cpu=on 8250.nr_uarts=1 i8042.noaux i8042.nokbd i8042.nomux i8042.nopnp i8042.dumbkbd pci=lastbus=0";
+     random.trust_cpu=on 8250.nr_uarts=1 pci=lastbus=0";
 /// Size at which the console log starts anew, in bytes.
 pub const CONSOLE_LOG_BYTES_MAX: u64 = 8 << 20;
 /// Context id of the VM in slot 0: 0 to 2 are taken (virtio 1.3 section 5.10.4).
