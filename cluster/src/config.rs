@@ -18,7 +18,7 @@ pub struct Options {
     /// Socket of the agent [default: /run/blixard/agent.sock]
     #[arg(long, value_name = "PATH")]
     pub agent: Option<PathBuf>,
-    /// Socket of the API [default: /run/blixard/api.sock]
+    /// Socket of the API [default: /run/blixard/node.sock]
     #[arg(long, value_name = "PATH")]
     pub socket: Option<PathBuf>,
     /// Mode of the API's socket, octal: who may connect may do everything [default: 0660]
@@ -149,7 +149,7 @@ impl Options {
         Ok(Config {
             state: self.state.unwrap_or_else(|| "/var/lib/blixard/node".into()),
             agent: self.agent.unwrap_or_else(|| "/run/blixard/agent.sock".into()),
-            socket: self.socket.unwrap_or_else(|| "/run/blixard/api.sock".into()),
+            socket: self.socket.unwrap_or_else(|| "/run/blixard/node.sock".into()),
             socket_mode,
             socket_group: self.socket_group,
             listen: self.listen,

@@ -1,0 +1,28 @@
+#!/bin/sh
+# Installs Blixard on this host and starts it; running it again with newer programs upgrades. VMs run on meanwhile.
+#   install.sh FOLDER-OF-PROGRAMS
+set -eu
+units=$(cd "$(dirname "$0")" && pwd)
+programs=$(cd "$1" && pwd)
+[ "$(id -u)" = 0 ] || { echo "install.sh needs root: sudo $0 $*" >&2; exit 1; }
+
+mkdir -p /usr/lib/blixard /etc/blixard
+for program in blixard-node blixard-agent blixard-netd blixard-vmm blixard-init; do
+    # A new file in the old one's place: a program that runs cannot be written to.
+    install -m 755 "$programs/$program" "/usr/lib/blixard/$program.new"
+    mv "/usr/lib/blixard/$program.new" "/usr/lib/blixard/$program"
+done
+install -m 755 "$programs/blixard" /usr/bin/blixard
+install -m 644 -D "$units/blixard.sysusers" /usr/lib/sysusers.d/blixard.conf
+install -m 644 -D "$units/blixard.tmpfiles" /usr/lib/tmpfiles.d/blixard.conf
+install -m 644 -D "$units/blixard.sysctl" /usr/lib/sysctl.d/60-blixard.conf
+install -m 644 "$units"/*.service "$units"/*.socket /etc/systemd/system/
+systemd-sysusers blixard.conf
+systemd-tmpfiles --create blixard.conf
+sysctl -q -p /usr/lib/sysctl.d/60-blixard.conf
+[ -e /etc/blixard/agent.toml ] || printf 'node_uid = %s\nnetd = "/run/blixard/netd.sock"\n' "$(id -u blixard)" >/etc/blixard/agent.toml
+systemctl daemon-reload
+systemctl enable -q blixard-netd.socket blixard-agent.service blixard-node.service
+systemctl restart blixard-netd.socket
+systemctl restart blixard-netd.service blixard-agent.service blixard-node.service
+echo "blixard is installed; members of the group blixard may use it: blixard doctor"

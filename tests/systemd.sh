@@ -1,0 +1,33 @@
+#!/bin/sh
+# In a host that may be spoilt (the rig): installs Blixard as systemd services and restarts, kills and stops each while a VM
+# runs; the VM's own clock must go on.
+#   systemd.sh FOLDER-OF-PROGRAMS FOLDER-OF-IMAGES FOLDER-OF-UNITS
+set -eu
+fail() {
+    printf 'failed: %s\n' "$*" >&2
+    journalctl -q --no-pager -n 60 -u 'blixard*' >&2
+    exit 1
+}
+sh "$3/install.sh" "$1"
+release=$(ls /lib/modules | grep cloud | head -n 1)
+until blixard ps >/dev/null 2>&1; do
+    systemctl is-failed -q blixard-node.service && fail "the node does not start"
+    sleep 0.2
+done
+blixard kernel import --name default --kernel "/boot/vmlinuz-$release" --modules "/lib/modules/$release"
+blixard image import "$2/busybox.tar" --name busybox
+blixard run -d --wait ready --timeout 120s --name steady busybox sleep 100000 || fail "no VM"
+before=$(blixard exec steady cut -d. -f1 /proc/uptime)
+for service in netd agent node; do
+    systemctl restart "blixard-$service.service" || fail "restart of $service"
+    systemctl kill -s KILL "blixard-$service.service"
+    for _ in $(seq 150); do
+        now=$(blixard exec steady cut -d. -f1 /proc/uptime 2>/dev/null) && break
+        sleep 0.2
+    done
+    [ "${now:-0}" -ge "$before" ] || fail "after restart and death of $service: uptime ${now:-unknown} after $before"
+    before=$now
+done
+blixard rm -f steady || fail "rm"
+systemctl stop blixard-node.service blixard-agent.service blixard-netd.service blixard-netd.socket
+echo "systemd: a VM outlived restart and death of netd, agent and node"
