@@ -160,7 +160,7 @@ impl From<Refusal> for Failure {
         match refusal {
             Refusal::NoVm => Self::not_found(text).suggest("blixard ps --all lists the VMs"),
             Refusal::NoImage(_) => Self::not_found(text)
-                .suggest("blixard image ls lists the images, blixard image import NAME FILE adds one"),
+                .suggest("blixard image ls lists the images, blixard image import FILE --name NAME adds one"),
             Refusal::NoKernel(_) => Self::not_found(text).suggest(
                 "blixard kernel ls lists the kernels, sudo blixard kernel import adds the host's own",
             ),
