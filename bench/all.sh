@@ -8,11 +8,11 @@ images=$PWD/target/guest-images
 sh tests/prerequisites.sh rig
 "$bin/blixard-rig" guest-images "$images"
 state=$("$bin/blixard-vmm" probe || true)
-inside='/opt/blixard/blixard dev --state /var/tmp/bench/state --run /var/tmp/bench/run -- sh /opt/bench/inside.sh'
+inside='/opt/blixard/blixard dev --no-kernel --state /var/tmp/bench/state --run /var/tmp/bench/run -- sh /opt/bench/inside.sh'
 case $state in
 "linux guests"*)
     echo "benchmarks run on this machine"
-    PATH=$bin:$PATH IMAGES=$images "$bin/blixard" dev --state "$PWD/target/bench-state" --run "$PWD/target/bench-run" -- sh bench/inside.sh
+    PATH=$bin:$PATH IMAGES=$images "$bin/blixard" dev --no-kernel --state "$PWD/target/bench-state" --run "$PWD/target/bench-run" -- sh bench/inside.sh
     ;;
 *)
     echo "benchmarks run in the rig (emulated processor: compare ratios, not times), because: $state"

@@ -56,7 +56,7 @@ impl Host {
     pub fn start(programs: &Path) -> Self {
         let folder = tempfile::tempdir_in("/var/tmp").unwrap();
         let mut dev = Command::new(programs.join("blixard"))
-            .arg("dev")
+            .args(["dev", "--no-kernel"])
             .arg("--state")
             .arg(folder.path().join("state"))
             .arg("--run")

@@ -291,7 +291,8 @@ fn twenty() {
         host.blixard(&["run", "-d", "--memory", "96M", "--name", name, "busybox", "sleep", "100000"]).good();
     }
     for name in &names {
-        host.blixard(&["wait", "--for", "ready", "--timeout", "400s", name]).good();
+        let answer = host.blixard(&["wait", "--for", "ready", "--timeout", "400s", name]);
+        assert_eq!(answer.code, 0, "{answer:?}\n{}\n{}", host.inspect(name), host.blixard(&["logs", name]).out);
     }
     let mut addresses: Vec<String> = names
         .iter()
@@ -343,7 +344,7 @@ fn bad_input() {
     );
     let whole = std::fs::read("/opt/images/busybox.tar").unwrap();
     let truncated = file("truncated.tar", &whole[..whole.len() / 2]);
-    refused(&["image", "import", &truncated, "--name", "bad"], 1, &["bad"]);
+    refused(&["image", "import", &truncated, "--name", "bad"], 1, &["truncated", "bin/busybox"]);
     assert!(!host.blixard(&["image", "ls"]).good().contains("bad"));
     assert!(!host.blixard(&["kernel", "ls"]).good().contains("bad"));
     // Straight to the API: an unknown field, and a body that claims 2 GiB.
