@@ -30,6 +30,8 @@ const START_LIMIT: Duration = Duration::from_secs(10);
 const HANG_UP_LIMIT: Duration = Duration::from_secs(5);
 /// How long the host may take nothing of the output of a command that has ended.
 const DRAIN_LIMIT: Duration = Duration::from_secs(30);
+/// How long the host may take to close a connection after the last frame.
+const CLOSE_LIMIT: Duration = Duration::from_secs(5);
 /// How long a terminal may be kept open by others after its session leader has ended and the kernel hung it up.
 const TERMINAL_LIMIT: Duration = Duration::from_secs(1);
 /// Frames are read only while less than this waits for the command to read it.
@@ -42,7 +44,9 @@ const STDERR: usize = 1;
 /// Serves one connection from its first frame to its end.
 pub fn run(children: &Children, mut wire: Wire) {
     // What is wrong with a connection cannot be told over it, and there is nobody else to tell.
-    let _ended = serve(children, &mut wire);
+    if serve(children, &mut wire).is_ok() {
+        wire.finish(CLOSE_LIMIT);
+    }
 }
 
 fn serve(children: &Children, wire: &mut Wire) -> Result<(), WireError> {

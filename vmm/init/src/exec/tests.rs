@@ -153,6 +153,18 @@ fn a_command_that_does_not_read_its_input_ends_as_if_it_had() {
 }
 
 #[test]
+fn input_behind_the_end_of_a_command_does_not_reset_the_connection() {
+    for _ in 0..50 {
+        let mut host = begin(&["true"], None, true);
+        for _ in 0..3 {
+            host.send(&Frame::Stdin(vec![0; 32 << 10]));
+        }
+        // `finish` reads to the end of the connection and fails on a reset.
+        assert_eq!(host.finish().last, exited(0));
+    }
+}
+
+#[test]
 fn much_output_of_a_command_that_has_ended_already_arrives_whole() {
     let mut host = begin(&["sh", "-c", "head -c 5000000 /dev/zero"], None, false);
     let outcome = host.finish();

@@ -2,11 +2,14 @@
 
 use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
 
 use blixard_vmm_api::guest::frame::{Frame, HEADER, NotAFrame, PAYLOAD_MAX, decode_header};
+use nix::sys::socket::Shutdown;
 
 use crate::link::{is_transient, set_nonblocking};
+use crate::sys;
 
 /// More output is read from a command only while less than this waits to be sent.
 const OUTBOX_LOW: usize = 128 << 10;
@@ -108,6 +111,26 @@ impl Wire {
             Ok(0) => Err(ErrorKind::UnexpectedEof.into()),
             Err(error) if !is_transient(&error) => Err(error),
             _ => Ok(()),
+        }
+    }
+
+    /// Tells the other side that nothing follows, and takes what it still sends until it closes or `limit` is over. A
+    /// connection that is closed with unread bytes in it is reset, and a reset may overtake the last frame.
+    pub fn finish(mut self, limit: Duration) {
+        if nix::sys::socket::shutdown(self.connection.as_raw_fd(), Shutdown::Write).is_err() {
+            return;
+        }
+        let end = Instant::now() + limit;
+        loop {
+            self.inbox.clear();
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return;
+            }
+            sys::poll(&[(self.connection.as_fd(), libc::POLLIN)], Some(left));
+            if self.fill().is_err() {
+                return;
+            }
         }
     }
 
