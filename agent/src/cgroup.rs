@@ -153,7 +153,14 @@ impl CgroupTree {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
                 return Err(file_error("make", root)(error));
             }
-            _ => {}
+            Err(_) => {}
+            // Ours from the start: its parent may not hand down anything yet. What it refuses is missing below.
+            Ok(()) => {
+                let parent = root.parent().unwrap_or(root).join("cgroup.subtree_control");
+                for controller in CONTROLLERS {
+                    let _ = write(&parent, &format!("+{controller}"));
+                }
+            }
         }
         let offered = root.join("cgroup.controllers");
         if !offered.exists() {

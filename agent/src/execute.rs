@@ -333,7 +333,7 @@ fn ask_end(host: &Host, vm: VmId) -> Result<(), Failure> {
         entry.ending = Some(Ending { deadline, killed: false });
         entry.link.clone()
     });
-    host.core().timers.insert((deadline, vm));
+    host.look_at(deadline, vm);
     // A VMM that cannot be asked is killed when its time is over.
     match link.as_ref().map(|link| link.send(&Request::Stop)) {
         Some(Ok(())) => {}

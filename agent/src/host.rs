@@ -249,6 +249,13 @@ impl Host {
         answer
     }
 
+    /// Looks at a VM again at this time.
+    pub fn look_at(&self, at: Instant, vm: VmId) {
+        self.core().timers.insert((at, vm));
+        // The loop may wait for a later one.
+        self.wake.notify_one();
+    }
+
     /// Makes the report of one VM anew; wakes those who wait for news when it differs.
     pub fn refresh(&self, core: &mut Core, vm: VmId) {
         let planned = core.planned.get(&vm).cloned();

@@ -169,9 +169,10 @@ fn take_failure(host: &Host, vm: VmId, step: &Step, failure: execute::Failure) {
             return;
         }
     }
-    let mut core = host.core();
-    let retry = core.vms.get(&vm).and_then(|v| v.failing.as_ref().map(|f| f.retry_at));
-    core.timers.extend(retry.map(|at| (at, vm)));
+    let retry = host.core().vms.get(&vm).and_then(|v| v.failing.as_ref().map(|f| f.retry_at));
+    if let Some(at) = retry {
+        host.look_at(at, vm);
+    }
 }
 
 /// Makes networks as planned, repairs nics, removes what belongs to nobody, and lets unnamed content go.

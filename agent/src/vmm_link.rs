@@ -168,8 +168,7 @@ pub fn reconnect(host: &Host, vm: VmId) {
         Ok(link) => host.change(vm, |entry| entry.link = Some(link)),
         Err(error) => {
             tracing::debug!(%vm, %error, "cannot connect to the VMM");
-            let mut core = host.core();
-            core.timers.insert((Instant::now() + RECONNECT, vm));
+            host.look_at(Instant::now() + RECONNECT, vm);
         }
     }
 }
@@ -236,7 +235,7 @@ fn hear(host: &Host, vm: VmId, link: &Arc<Link>, token: u64) {
                 }
             });
             // Mostly the VMM is about to end; if not, it is connected to again.
-            host.core().timers.insert((Instant::now() + RECONNECT, vm));
+            host.look_at(Instant::now() + RECONNECT, vm);
         }
     }
 }

@@ -1,5 +1,13 @@
 //! The steps of a model host: from every interruption they lead to what is wanted, in order, with one VMM at most.
-#![allow(missing_docs)]
+#![allow(
+    missing_docs,
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "a failed test is what they are for"
+)]
 
 use blixard_agent::record::{End, Known, ProcessId, Record, fold};
 use blixard_agent::steps::{Ending, Found, Step, Wish, steps};

@@ -20,6 +20,7 @@ pub const ALL: &[(&str, fn())] = &[
     ("a_guest_that_does_not_stop_is_killed_when_its_time_is_over", stubborn),
     ("a_vmm_that_ends_without_a_record_is_a_failure_with_its_last_words", silent),
     ("a_missing_or_small_volume_is_a_failure_and_never_made_anew", volumes),
+    ("a_volume_without_room_waits_with_a_clear_reason", no_room),
     ("content_that_is_not_what_was_announced_is_refused", content),
     ("old_plans_and_impossible_ones_are_refused_with_the_field", plans),
     ("a_vm_removed_while_the_agent_was_dead_leaves_nothing", removed_while_dead),
@@ -199,6 +200,30 @@ fn volumes() {
     assert!(agent.until_phase(a.vm, Phase::Failed).reason.unwrap().contains("missing"));
     assert!(agent.until_phase(b.vm, Phase::Failed).reason.unwrap().contains("1048576 bytes"));
     assert!(!agent.path(&format!("state/volumes/{}.img", a.vm)).exists());
+}
+
+fn no_room() {
+    let agent = Agent::new();
+    with_content(&agent);
+    let place = agent.path("state/volumes");
+    let options = Some("size=64k");
+    nix::mount::mount(Some("tmpfs"), &place, Some("tmpfs"), nix::mount::MsFlags::empty(), options).unwrap();
+    let a = vm(1, "a");
+    agent.client.apply(plan(1, std::slice::from_ref(&a))).unwrap();
+    let told = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        let full =
+            |v: &blixard_agent_api::VmReport| v.reason.as_ref().is_some_and(|r| r.contains("no space left"));
+        agent.until("no space", |report| of(report, a.vm).is_some_and(full));
+        assert_eq!(
+            std::fs::read_dir(&place).unwrap().count(),
+            0,
+            "what is half made takes the room that is missing"
+        );
+    }));
+    nix::mount::umount(&place).unwrap();
+    assert!(told.is_ok());
+    // With room it goes on by itself.
+    agent.until_phase(a.vm, Phase::Running);
 }
 
 fn content() {
