@@ -99,6 +99,7 @@ fn deed(host: &Host, vm: VmId, step: &Step) -> Result<(), Failure> {
             Ok(())
         }
         Step::RemoveVolume => {
+            record(host, Record::Discard { vm })?;
             host.volumes.remove(vm).map_err(|e| Failure::passing(&e))?;
             host.change(vm, |entry| {
                 entry.found.volume_bytes = None;
@@ -113,6 +114,7 @@ fn deed(host: &Host, vm: VmId, step: &Step) -> Result<(), Failure> {
         }
         Step::Forget => {
             // A half-made volume is not found, and may lie beside its place.
+            record(host, Record::Discard { vm })?;
             host.volumes.remove(vm).map_err(|e| Failure::passing(&e))?;
             record(host, Record::Gone { vm })?;
             tracing::info!(%vm, "gone");

@@ -31,6 +31,11 @@ pub enum Record {
         /// Size in bytes.
         size_bytes: u64,
     },
+    /// Its volume is about to be removed: from now on none is missed.
+    Discard {
+        /// Which VM.
+        vm: VmId,
+    },
     /// netd may have a nic of it from now on, or has none any more.
     Nic {
         /// Which VM.
@@ -160,6 +165,7 @@ impl Record {
         match self {
             Self::Admit { vm, .. }
             | Self::Volume { vm, .. }
+            | Self::Discard { vm }
             | Self::Nic { vm, .. }
             | Self::Begin { vm, .. }
             | Self::Launching { vm, .. }
@@ -178,6 +184,7 @@ impl Record {
                 now.slot = slot;
             }
             Self::Volume { size_bytes, .. } => now.volume_bytes = Some(size_bytes),
+            Self::Discard { .. } => now.volume_bytes = None,
             Self::Nic { exists, .. } => now.nic = exists,
             Self::Begin { start, at_ms, .. } => {
                 now.begun = Some((start, at_ms));

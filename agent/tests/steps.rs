@@ -181,6 +181,7 @@ impl Host {
             }
             Step::RemoveVolume => {
                 assert_eq!(self.vmms, 0, "a volume in use is not removed");
+                part!(self.records.push(Record::Discard { vm }));
                 part!(self.half_volume = false);
                 part!((self.volume, agent.storage) = (None, false));
             }
@@ -288,7 +289,7 @@ fn play(events: Vec<Event>) -> (Host, Option<Wish>) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 2000, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 3000, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn whatever_happened_before_the_wanted_state_is_reached(history in events(), last in wish()) {
