@@ -13,7 +13,13 @@ say() { printf '\n== %s\n' "$*"; }
 skip() { skipped="$skipped
 skipped: $*"; }
 
+# Init goes into every guest's memory: the small one.
 $cargo build --workspace --bins
+$cargo build --release -p blixard-init
+programs=$PWD/target/programs
+mkdir -p "$programs"
+for program in blixard blixard-agent blixard-netd blixard-node blixard-vmm; do cp -f "$bin/$program" "$programs/"; done
+cp -f "target/$target/release/blixard-init" "$programs/"
 
 if [ "$only" != rig ]; then
     say "unit and property tests; small guests on /dev/kvm"
@@ -33,9 +39,15 @@ if [ "$only" != unit ]; then
         # The test program is one static file like all others: the rig runs it as it is.
         program=$($cargo test -p blixard-tests --test whole_system --no-run --message-format=json 2>/dev/null |
             sed -n 's/.*"executable":"\([^"]*whole_system[^"]*\)".*/\1/p' | tail -n 1)
-        "$bin/blixard-rig" run --timeout 1500 --share "$bin:/opt/blixard" --share "$images:/opt/images" \
-            --share "$(dirname "$program"):/opt/tests" -- \
-            "BLIXARD_WHOLE_SYSTEM=1 /opt/tests/$(basename "$program") --test-threads=1 $filter"
+        cp -f "$program" "$programs/whole_system"
+        "$bin/blixard-rig" run --timeout 1500 --share "$programs:/opt/blixard" --share "$images:/opt/images" -- \
+            "BLIXARD_WHOLE_SYSTEM=1 /opt/blixard/whole_system --test-threads=1 $filter"
+        if [ -z "$filter" ]; then
+            say "systemd units, in the rig"
+            "$bin/blixard-rig" run --timeout 300 --share "$programs:/opt/blixard" --share "$images:/opt/images" \
+                --share "$PWD/nix/systemd:/opt/units" --share "$PWD/tests:/opt/tests" -- \
+                sh /opt/tests/systemd.sh /opt/blixard /opt/images /opt/units
+        fi
     else
         skip "whole system (rig): $(printf '%s' "$reason" | tr '\n' ' ')"
     fi

@@ -24,13 +24,14 @@ use crate::record::Slot;
 ///
 /// * `console=ttyS0 quiet loglevel=4`: warnings and worse on the serial console; each byte there is an exit to the VMM.
 /// * `panic=-1`: a guest kernel that panicked resets at once, so its VM ends instead of hanging.
+/// * `reboot=a`: a reset goes through the ACPI reset register; left to choose for itself, Linux 6.1 never got that far.
 /// * `tsc=reliable no_timer_check`: the clock and timer of a VM need no measuring.
 /// * `cryptomgr.notests random.trust_cpu=on`: no self-tests at boot; entropy from the processor at once.
 /// * `8250.nr_uarts=1`: no probing of serial ports that are not there.
 /// * `pci=lastbus=0`: one root bus.
 ///
 /// Nothing about the keyboard controller: ACPI says that there is none, and `i8042.nopnp` would make the kernel probe it.
-pub const CMDLINE: &str = "console=ttyS0 quiet loglevel=4 panic=-1 tsc=reliable no_timer_check cryptomgr.notests \
+pub const CMDLINE: &str = "console=ttyS0 quiet loglevel=4 panic=-1 reboot=a tsc=reliable no_timer_check cryptomgr.notests \
      random.trust_cpu=on 8250.nr_uarts=1 pci=lastbus=0";
 /// Size at which the console log starts anew, in bytes.
 pub const CONSOLE_LOG_BYTES_MAX: u64 = 8 << 20;
