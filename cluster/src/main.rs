@@ -16,8 +16,8 @@ const END_TIME_MAX: Duration = Duration::from_millis(200);
 
 fn main() -> anyhow::Result<()> {
     let config = Options::parse().complete()?;
-    let filter =
-        EnvFilter::try_from_env("BLIXARD_LOG").unwrap_or_else(|_| EnvFilter::new("info,openraft=warn,openraft::raft::responder=error"));
+    let filter = EnvFilter::try_from_env("BLIXARD_LOG")
+        .unwrap_or_else(|_| EnvFilter::new("info,openraft=warn,openraft::raft::responder=error"));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
     let runtime = runtime.context("cannot start the runtime")?;

@@ -206,3 +206,37 @@ fn content_in_use_is_not_deleted_and_says_who_uses_it() {
     let blobs = node.folder.path().join("state/blobs");
     node.until("the content is gone", || std::fs::read_dir(&blobs).unwrap().count() == 2);
 }
+
+#[test]
+fn without_any_kernel_the_hosts_own_is_taken_or_the_way_to_one_is_told() {
+    let node = Node::alone();
+    assert_eq!(node.ask("POST", "/v1/images?name=img", &[], &common::image()).status, 201);
+    let answer = node.post(VMS, &create(1, "a"));
+    if answer.status == 201 {
+        assert_eq!(node.get("/v1/kernels/default").status, 200);
+    } else {
+        assert_eq!(answer.status, 404, "{}", answer.text());
+        assert!(answer.json()["message"].as_str().unwrap().contains("kernel"));
+        assert!(answer.json()["suggestion"].as_str().unwrap().contains("kernel import"));
+        assert_eq!(node.get(VMS).json()["items"], json!([]));
+    }
+}
+
+#[test]
+fn what_a_web_page_could_make_a_browser_send_is_denied_on_tcp() {
+    use std::net::TcpStream;
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let node = Node::with_arguments(&["--listen", &format!("127.0.0.1:{port}")]);
+    let ask = |head: &str| {
+        let mut stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
+        write!(stream, "GET /v1/version HTTP/1.1\r\nConnection: close\r\n{head}\r\n").unwrap();
+        let mut answer = String::new();
+        std::io::Read::read_to_string(&mut stream, &mut answer).unwrap();
+        answer[9..12].to_owned()
+    };
+    assert_eq!(ask("Host: localhost\r\n"), "200");
+    assert_eq!(ask(&format!("Host: 127.0.0.1:{port}\r\n")), "200");
+    assert_eq!(ask("Host: rebound.example\r\n"), "403");
+    assert_eq!(ask("Host: localhost\r\nOrigin: http://example.org\r\n"), "403");
+    drop(node);
+}

@@ -195,7 +195,7 @@ impl Consensus {
                 }
             },
             Err(RaftError::APIError(ClientWriteError::ForwardToLeader(forward))) => {
-                Err(ProposeError::NotLeader { leader: forward.leader_node.map(|n| n.addr) })
+                Err(ProposeError::NotLeader { leader: forward.leader_id.map(|id| self.name_of(id)) })
             }
             Err(error) => Err(ProposeError::Stopped(error.to_string())),
         }
@@ -204,11 +204,13 @@ impl Consensus {
     /// The name of the leader, when known.
     pub fn leader(&self) -> Option<String> {
         use openraft::type_config::async_runtime::watch::WatchReceiver;
-        let metrics = self.raft.metrics();
-        let metrics = metrics.borrow_watched();
-        let leader = metrics.current_leader?;
-        let members = metrics.membership_config.membership();
-        members.get_node(&leader).map(|node| node.addr.clone())
+        let leader = self.raft.metrics().borrow_watched().current_leader?;
+        Some(self.name_of(leader))
+    }
+
+    fn name_of(&self, node: NodeId) -> String {
+        let known = self.replica.state().node(node).map(|record| record.name.clone());
+        known.unwrap_or_else(|| format!("number {node}"))
     }
 
     /// Numbers of this member.

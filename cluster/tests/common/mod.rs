@@ -17,12 +17,19 @@ pub const VMS: &str = "/v1/projects/default/vms";
 pub struct Node {
     pub folder: TempDir,
     process: Option<Child>,
+    arguments: Vec<String>,
 }
 
 impl Node {
     /// A node without agent.
     pub fn alone() -> Self {
-        let mut node = Self { folder: TempDir::new().unwrap(), process: None };
+        Self::with_arguments(&[])
+    }
+
+    /// A node without agent that is given these arguments too.
+    pub fn with_arguments(arguments: &[&str]) -> Self {
+        let arguments = arguments.iter().map(|a| (*a).to_owned()).collect();
+        let mut node = Self { folder: TempDir::new().unwrap(), process: None, arguments };
         node.start();
         node
     }
@@ -61,6 +68,7 @@ impl Node {
             .arg("--init")
             .arg(init)
             .args(["--name", "one", "--snapshot-after", "50"])
+            .args(&self.arguments)
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
