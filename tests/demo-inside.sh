@@ -30,5 +30,6 @@ show blixard rm -f --wait hello
 ! ip -o link | grep -q 'bxv' || fail "a TAP is left"
 ! nft list ruleset | grep -q 'bxv[^*]' || fail "a packet filter rule is left"
 [ -z "$(find /sys/fs/cgroup -type d -regextype posix-extended -regex '.*/(vm-)?[0-9A-Z]{26}.*')" ] || fail "a cgroup is left"
-[ -z "$(find "${BLIXARD_STATE:-/nonexistent}" -regextype posix-extended -regex '.*/(vm-)?[0-9A-Z]{26}.*' 2>/dev/null)" ] || fail "a file is left"
-printf '\nremoved without trace: no process, TAP, rule, cgroup or file is left\n'
+[ -z "$(find "$BLIXARD_STATE" -regextype posix-extended -regex '.*/(vm-)?[0-9A-Z]{26}.*')" ] || fail "a file is left"
+[ -z "$(awk '/^Uid:/ && $2 >= 700000 && $2 < 710000' /proc/[0-9]*/status 2>/dev/null)" ] || fail "a process with the uid of a VM is left"
+printf '\nremoved without trace: no process, uid in use, TAP, rule, cgroup or file is left\n'

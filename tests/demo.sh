@@ -19,10 +19,10 @@ if [ -z "$why" ]; then
     folder=$(mktemp -d /var/tmp/blixard-demo.XXXXXX)
     trap 'rm -rf "$folder"' EXIT
     chmod 755 "$folder"
-    PATH=$bin:$PATH IMAGES=$images "$bin/blixard" dev --no-kernel --state "$folder/state" --run "$folder/run" -- sh tests/demo-inside.sh
+    PATH=$bin:$PATH IMAGES=$images BLIXARD_STATE=$folder/state "$bin/blixard" dev --no-kernel --state "$folder/state" --run "$folder/run" -- sh tests/demo-inside.sh
 else
     echo "demo: in the rig (an emulated bare-metal host), because this machine cannot run Linux guests: $why"
     "$bin/blixard-rig" run --timeout 600 --share "$bin:/opt/blixard" --share "$images:/opt/images" --share "$PWD/tests:/opt/tests" -- \
-        'export PATH=/opt/blixard:$PATH IMAGES=/opt/images
+        'export PATH=/opt/blixard:$PATH IMAGES=/opt/images BLIXARD_STATE=/var/tmp/demo/state
          blixard dev --no-kernel --state /var/tmp/demo/state --run /var/tmp/demo/run -- sh /opt/tests/demo-inside.sh'
 fi
