@@ -311,7 +311,13 @@ fn twenty() {
     }
     for name in &names {
         let answer = host.blixard(&["wait", "--for", "ready", "--timeout", "400s", name]);
-        assert_eq!(answer.code, 0, "{answer:?}\n{}\n{}", host.inspect(name), host.blixard(&["logs", name]).out);
+        assert_eq!(
+            answer.code,
+            0,
+            "{answer:?}\n{}\n{}",
+            host.inspect(name),
+            host.blixard(&["logs", name]).out
+        );
     }
     let mut addresses: Vec<String> = names
         .iter()

@@ -306,7 +306,9 @@ impl Api {
             let no_image = details.iter().any(|d| d.field == "spec.image");
             let failure = Failure::invalid(details);
             return Err(if no_image {
-                failure.suggest("blixard image ls lists the images, blixard image import FILE --name NAME adds one")
+                failure.suggest(
+                    "blixard image ls lists the images, blixard image import FILE --name NAME adds one",
+                )
             } else {
                 failure
             });

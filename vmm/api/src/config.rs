@@ -254,11 +254,16 @@ impl VmConfig {
         let mut unused: BTreeSet<&str> = self.descriptors.keys().map(String::as_str).collect();
         for (field, name) in self.descriptor_uses() {
             check_name(name, &field)?;
-            check(self.descriptors.contains_key(name), &field, || format!("no descriptor is named {name:?}"))?;
+            check(self.descriptors.contains_key(name), &field, || {
+                format!("no descriptor is named {name:?}")
+            })?;
             check(unused.remove(name), &field, || format!("descriptor {name:?} is used twice"))?;
         }
         if let Some(name) = unused.first() {
-            return Err(ConfigError { field: format!("descriptors.{name}"), problem: "nothing uses it".into() });
+            return Err(ConfigError {
+                field: format!("descriptors.{name}"),
+                problem: "nothing uses it".into(),
+            });
         }
         let mut numbers = BTreeSet::new();
         for (name, number) in &self.descriptors {
@@ -271,7 +276,8 @@ impl VmConfig {
 
     /// Each use of a descriptor: the field that uses it and the name.
     pub fn descriptor_uses(&self) -> Vec<(String, &str)> {
-        let mut uses = vec![("kvm".to_owned(), self.kvm.as_str()), ("kernel".to_owned(), self.kernel.as_str())];
+        let mut uses =
+            vec![("kvm".to_owned(), self.kvm.as_str()), ("kernel".to_owned(), self.kernel.as_str())];
         let optional = [
             ("initramfs", &self.initramfs),
             ("control", &self.control),

@@ -154,7 +154,9 @@ impl Command {
         check(self.args.first().is_some_and(|p| !p.is_empty()), &format!("{field}.args"), || {
             "the program is missing".into()
         })?;
-        check(self.args.len() + self.env.len() <= WORDS_MAX, field, || format!("more than {WORDS_MAX} words"))?;
+        check(self.args.len() + self.env.len() <= WORDS_MAX, field, || {
+            format!("more than {WORDS_MAX} words")
+        })?;
         let env = self.env.iter().flat_map(|(k, v)| [k, v]);
         let words = self.args.iter().chain(env).chain([&self.cwd, &self.user]);
         let (mut bytes, mut nul) = (0, false);
@@ -348,7 +350,9 @@ pub mod frame {
             match (kind, payload.as_slice()) {
                 (1, text) => json(text).map(Self::Start).ok_or_else(wrong),
                 (2, _) => Ok(Self::Stdin(payload)),
-                (3, [a, b, c, d]) => Ok(Self::Resize(u16::from_le_bytes([*a, *b]), u16::from_le_bytes([*c, *d]))),
+                (3, [a, b, c, d]) => {
+                    Ok(Self::Resize(u16::from_le_bytes([*a, *b]), u16::from_le_bytes([*c, *d])))
+                }
                 (4, [signal]) => Ok(Self::Signal(*signal)),
                 (16, _) => Ok(Self::Stdout(payload)),
                 (17, _) => Ok(Self::Stderr(payload)),

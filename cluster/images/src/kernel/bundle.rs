@@ -181,7 +181,8 @@ pub fn read_kernel_bundle(
     }
     let modules = parts.load(&spool, &release, limits)?;
     let mut kernel = spool.copy(region)?;
-    let unpacked = payload::unpack(&mut kernel, directory).map_err(|source| SpoolError::Write { directory: directory.into(), source })?;
+    let unpacked = payload::unpack(&mut kernel, directory)
+        .map_err(|source| SpoolError::Write { directory: directory.into(), source })?;
     let (mut kernel, kernel_bytes) = unpacked.unwrap_or((kernel, region.length));
     kernel.rewind().map_err(SpoolError::Read)?;
     Ok(KernelBundle { release, kernel, kernel_bytes, modules })

@@ -125,7 +125,8 @@ mod tests {
 
     fn vmlinux() -> Vec<u8> {
         let mut bytes = vec![0; 100_000];
-        bytes[..20].copy_from_slice(&[0x7f, b'E', b'L', b'F', 2, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 62, 0]);
+        bytes[..20]
+            .copy_from_slice(&[0x7f, b'E', b'L', b'F', 2, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 62, 0]);
         bytes
     }
 
