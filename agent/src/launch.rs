@@ -24,7 +24,8 @@ use crate::record::Slot;
 ///
 /// * `console=ttyS0 quiet loglevel=4`: warnings and worse on the serial console; each byte there is an exit to the VMM.
 /// * `panic=-1`: a guest kernel that panicked resets at once, so its VM ends instead of hanging.
-/// * `reboot=a`: a reset goes through the ACPI reset register; left to choose for itself, Linux 6.1 never got that far.
+/// * `reboot=a`: a reset writes the ACPI reset register. Left to choose, Linux calls EFI on hardware-reduced ACPI, also where
+///   there is none, and hangs (`reboot_init`, arch/x86/kernel/reboot.c).
 /// * `tsc=reliable no_timer_check`: the clock and timer of a VM need no measuring.
 /// * `cryptomgr.notests random.trust_cpu=on`: no self-tests at boot; entropy from the processor at once.
 /// * `8250.nr_uarts=1`: no probing of serial ports that are not there.
