@@ -23,7 +23,7 @@ cp -f "target/$target/release/blixard-init" "$programs/"
 
 if [ "$only" != rig ]; then
     say "unit and property tests; small guests on /dev/kvm"
-    $cargo test --workspace
+    $cargo test --workspace --no-fail-fast
     state=$("$bin/blixard-vmm" probe || true)
     case $state in
     "linux guests"* | "small guests"*) ;;

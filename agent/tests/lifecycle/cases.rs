@@ -51,7 +51,11 @@ fn runs_and_leaves_nothing() {
     let waiting = agent.until_phase(a.vm, Phase::Preparing);
     assert!(waiting.reason.unwrap().contains("image"));
     with_content(&agent);
-    let running = agent.until_phase(a.vm, Phase::Running);
+    // A guest may be ready before the step that launched it has its end noted.
+    let report = agent.until("running, with the times of its steps", |report| {
+        report.vms.first().is_some_and(|vm| vm.phase == Phase::Running && vm.steps.len() == 5)
+    });
+    let running = &report.vms[0];
     assert_eq!(running.start, Start(1));
     assert_eq!(agent.vmms(), [running.vmm_pid.unwrap()]);
     let steps: Vec<&str> = running.steps.iter().map(|s| s.step.as_str()).collect();
