@@ -206,8 +206,7 @@ impl Running {
         let mut exit = None;
         let mut progress = Instant::now();
         loop {
-            while self.pending.len() < STDIN_LOW && self.take_frame(children, wire)? {}
-            self.write_stdin();
+            self.take_input(children, wire)?;
             let mut left = None;
             if let Some(exit) = exit {
                 self.drain_pipes(wire);
@@ -280,6 +279,21 @@ impl Running {
         }
         let found = sys::poll(&watched, left);
         what.into_iter().zip(found).filter(|(_, events)| *events != 0).collect()
+    }
+
+    /// Takes frames and writes standard input until one of both has to wait. Writing makes room for frames that are here
+    /// already: no event announces those.
+    fn take_input(&mut self, children: &Children, wire: &mut Wire) -> Result<(), WireError> {
+        loop {
+            let mut took = false;
+            while self.pending.len() < STDIN_LOW && self.take_frame(children, wire)? {
+                took = true;
+            }
+            self.write_stdin();
+            if !took || self.pending.len() >= STDIN_LOW {
+                return Ok(());
+            }
+        }
     }
 
     /// Takes one frame, if there is one.
