@@ -23,7 +23,7 @@ use crate::record::Slot;
 /// Words of every guest kernel's command line.
 ///
 /// * `console=ttyS0 quiet loglevel=4`: warnings and worse on the serial console; each byte there is an exit to the VMM.
-/// * `panic=-1`: a guest kernel that panicked resets at once, so its VM ends instead of hanging.
+/// * `panic=-1 oops=panic`: a guest kernel that failed resets at once, so its VM ends instead of hanging half alive.
 /// * `reboot=a`: a reset writes the ACPI reset register. Left to choose, Linux calls EFI on hardware-reduced ACPI, also where
 ///   there is none, and hangs (`reboot_init`, arch/x86/kernel/reboot.c).
 /// * `tsc=reliable no_timer_check`: the clock and timer of a VM need no measuring.
@@ -32,7 +32,7 @@ use crate::record::Slot;
 /// * `pci=lastbus=0`: one root bus.
 ///
 /// Nothing about the keyboard controller: ACPI says that there is none, and `i8042.nopnp` would make the kernel probe it.
-pub const CMDLINE: &str = "console=ttyS0 quiet loglevel=4 panic=-1 reboot=a tsc=reliable no_timer_check cryptomgr.notests \
+pub const CMDLINE: &str = "console=ttyS0 quiet loglevel=4 panic=-1 oops=panic reboot=a tsc=reliable no_timer_check cryptomgr.notests \
      random.trust_cpu=on 8250.nr_uarts=1 pci=lastbus=0";
 /// Size at which the console log starts anew, in bytes.
 pub const CONSOLE_LOG_BYTES_MAX: u64 = 8 << 20;
