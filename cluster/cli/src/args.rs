@@ -148,7 +148,7 @@ pub struct Run {
     /// Working directory
     #[arg(short, long, value_name = "DIR")]
     pub workdir: Option<String>,
-    /// User, as name or number: USER[:GROUP]
+    /// User, as name or number, and group if wanted: USER or USER:GROUP
     #[arg(short, long)]
     pub user: Option<String>,
     /// Program instead of the image's entry point
@@ -230,7 +230,7 @@ pub struct Exec {
     /// Working directory
     #[arg(short, long, value_name = "DIR", default_value = "", hide_default_value = true)]
     pub workdir: String,
-    /// User, as name or number: USER[:GROUP]
+    /// User, as name or number, and group if wanted: USER or USER:GROUP
     #[arg(short, long, default_value = "", hide_default_value = true)]
     pub user: String,
     #[command(flatten)]
