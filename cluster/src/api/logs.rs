@@ -1,7 +1,7 @@
 //! Console logs: the last lines, and what is added as long as the VM runs.
 //!
 //! A file cannot be waited for like a socket, and watching it by inotify needs rights on its path that this process does
-//! not have. So following looks at its size every [`LOOK`] while the VM runs. When the log is begun anew (a new start),
+//! not have. So following looks at its size every `LOOK` while the VM runs. When the log is begun anew (a new start),
 //! following goes on from its beginning.
 
 use std::fs::File;
