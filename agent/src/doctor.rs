@@ -106,7 +106,7 @@ fn probe(vmm: &Path) -> Result<Probe, String> {
 
 fn cgroups(config: &Config) -> Finding {
     let check = "cgroup v2";
-    let fix = "boot with systemd.unified_cgroup_hierarchy=1, and start the agent in a unit with Delegate=yes or with --cgroup";
+    let fix = "boot with systemd.unified_cgroup_hierarchy=1, and start the agent with --cgroup /sys/fs/cgroup/blixard";
     let bad = |found: String| finding(check, FindingState::Bad, found, Some(fix));
     if config.no_cgroup {
         return finding(check, FindingState::Warning, "VMs run without limits (--no-cgroup)", Some(fix));
