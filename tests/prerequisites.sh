@@ -1,7 +1,7 @@
 #!/bin/sh
-# What building and testing needs from this machine beyond Rust itself.
+# What building and testing needs from this machine beyond a Rust toolchain.
 #
-#   tests/prerequisites.sh build       a linker, and certificates for downloads
+#   tests/prerequisites.sh build       a linker, certificates for downloads, Rust's library for static programs
 #   tests/prerequisites.sh rig         the emulated host of tests/rig
 #   tests/prerequisites.sh build rig   both
 #
@@ -22,10 +22,23 @@ file() {
     [ -e "$1" ] || missing="$missing $2"
 }
 
+# The library of the target that .cargo/config.toml names. rustup adds it by itself only when it may (RUSTUP_AUTO_INSTALL) and
+# the toolchain is new to it.
+rust_target() {
+    target=x86_64-unknown-linux-musl
+    [ -d "$(rustc --print target-libdir --target $target)" ] && return
+    command -v rustup >/dev/null 2>&1 || {
+        echo "this Rust toolchain lacks its library for $target, and there is no rustup to add it: see https://rustup.rs" >&2
+        exit 3
+    }
+    rustup target add $target >&2
+}
+
 [ $# -gt 0 ] || { echo "usage: $0 build|rig..." >&2; exit 2; }
 for tier in "$@"; do
     case $tier in
     build)
+        rust_target
         program cc gcc
         # gcc alone cannot link programs of the machine itself (build scripts, procedural macros).
         [ -n "$missing" ] || [ -e "$(cc -print-file-name=crt1.o)" ] || missing="$missing libc6-dev"
