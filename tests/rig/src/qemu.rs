@@ -11,11 +11,15 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// Shared folders one host can have. The devices are always there, so that one snapshot fits all.
 pub const MAX_SHARES: usize = 4;
 /// Hosts on the private segment.
 pub const MAX_HOSTS: u8 = 3;
+
+/// How long a host that no longer answers may take to tell where it is.
+const AUTOPSY: Duration = Duration::from_secs(10);
 
 const KERNEL_LINE: &str = "console=ttyS0 net.ifnames=0 mitigations=off nokaslr tsc=reliable no_timer_check \
     cryptomgr.notests apparmor=0 quiet panic=-1";
@@ -253,6 +257,25 @@ impl Host {
         format!("QEMU: {}\nconsole: {}", tail("qemu.log"), tail("console"))
     }
 
+    /// How a host that no longer answers is: whether QEMU runs, where its processors are, and its last words.
+    pub fn autopsy(&mut self) -> String {
+        if self.ended() {
+            return format!("QEMU has ended\n{}", self.last_words());
+        }
+        let registers = json!({ "command-line": "info registers -a" });
+        let asked = self.talk(|qmp| {
+            qmp.patience(Some(AUTOPSY))?;
+            // Twice: a processor that hangs is where it was.
+            let first = qmp.ask("human-monitor-command", registers.clone())?;
+            Ok([first, qmp.ask("human-monitor-command", registers)?])
+        });
+        let places = match asked {
+            Ok(samples) => samples.iter().map(|text| places(text.as_str().unwrap_or_default())).collect(),
+            Err(error) => error.to_string(),
+        };
+        format!("QEMU runs\n{places}{}", self.last_words())
+    }
+
     fn talk<T>(&mut self, talk: impl FnOnce(&mut Qmp) -> Result<T, qmp::Error>) -> Result<T, Error> {
         let result = match (&mut self.qmp, self.socket.take()) {
             (Some(qmp), _) => talk(qmp),
@@ -261,6 +284,12 @@ impl Host {
         };
         result.map_err(|source| Error::Talk { host: self.name(), log: self.last_words(), source })
     }
+}
+
+/// Which processor is where, from `info registers -a`.
+fn places(registers: &str) -> String {
+    let wanted = |line: &&str| line.starts_with("CPU#") || line.contains("RIP=");
+    registers.lines().filter(wanted).map(|line| format!("{}\n", line.trim())).collect()
 }
 
 /// Finds the forwarded port in the table of `info usernet`: protocol with state, descriptor, address, port, …
@@ -283,6 +312,12 @@ mod tests {
                      RecvQ SendQ\r\n  TCP[HOST_FORWARD]  14       127.0.0.1 41233       10.0.2.15    22     0     0\r\n";
         assert_eq!(parse_port(table), Some(41233));
         assert_eq!(parse_port("nothing"), None);
+    }
+
+    #[test]
+    fn the_places_of_processors_are_found() {
+        let registers = "\r\nCPU#0\r\nRAX=0 RBX=1\r\nRIP=ffffffff81000000 RFL=00000246\r\nES =0000\r\n";
+        assert_eq!(places(registers), "CPU#0\nRIP=ffffffff81000000 RFL=00000246\n");
     }
 
     #[test]

@@ -4,6 +4,7 @@ use crate::accel::{self, Accel};
 use crate::cache::Cache;
 use crate::leash::{self, Leash};
 use crate::qemu::{self, Host, Origin, Plan, Shape, Share};
+use crate::say::say;
 use crate::ssh::{self, Address, Shell};
 use crate::work::{self, WorkFolder};
 use crate::{image, shell, snapshot, switch};
@@ -13,6 +14,9 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+/// Exit code of `ssh` when it has lost its connection.
+const LOST: u8 = 255;
 
 /// What can go wrong before the command runs.
 #[derive(Debug, thiserror::Error)]
@@ -110,6 +114,13 @@ pub fn run(options: &Options, cache: &Cache, leash: &Leash) -> Result<u8, Error>
         drop((snapshot, image));
         command(options, &channels, leash)
     });
+    if let (Ok(LOST), Some(host)) = (&result, hosts.first_mut()) {
+        say(format!(
+            "the connection to {} was lost, or the command ended with {LOST}: {}",
+            host.name(),
+            host.autopsy()
+        ));
+    }
     if let Some(logs) = &options.logs {
         keep_logs(logs, &hosts)?;
     }
