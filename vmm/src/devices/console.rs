@@ -5,6 +5,7 @@
 //! the oldest bytes, and none of them holds up the guest or the others.
 
 use std::collections::VecDeque;
+use std::ffi::c_int;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
@@ -56,6 +57,9 @@ struct Client {
     /// What is watched now.
     events: u32,
 }
+
+/// How long a reader of standard output may pause at the end of a VM.
+const READER_MS: c_int = 2000;
 
 /// What became of an attempt to write.
 enum Written {
@@ -148,10 +152,14 @@ impl Console {
         self.write_out(poll);
     }
 
-    /// The VM has ended: writes what can be written at once.
+    /// The VM has ended: writes what can be written at once, and to standard output as long as its reader takes something
+    /// at least every [`READER_MS`].
     pub fn finish(&mut self, poll: &mut Poll) {
         self.take_output();
         self.write_out(poll);
+        while self.stdout_watched && stdout_is_ready(READER_MS) {
+            self.write_out(poll);
+        }
     }
 
     /// Counters by name.
@@ -314,11 +322,16 @@ fn write_parts(
     (position, Written::All)
 }
 
-/// Writes to standard output without blocking; its mode belongs to others too and is not changed.
-fn write_stdout(bytes: &[u8]) -> io::Result<usize> {
+/// True as soon as standard output takes bytes or is broken, false after `milliseconds`.
+fn stdout_is_ready(milliseconds: c_int) -> bool {
     let mut poll = libc::pollfd { fd: libc::STDOUT_FILENO, events: libc::POLLOUT, revents: 0 };
     // SAFETY: the pointer is to one pollfd.
-    if unsafe { libc::poll(&raw mut poll, 1, 0) } == 0 {
+    unsafe { libc::poll(&raw mut poll, 1, milliseconds) != 0 }
+}
+
+/// Writes to standard output without blocking; its mode belongs to others too and is not changed.
+fn write_stdout(bytes: &[u8]) -> io::Result<usize> {
+    if !stdout_is_ready(0) {
         return Err(io::ErrorKind::WouldBlock.into());
     }
     let part = bytes.get(..bytes.len().min(PIPE_BYTES)).unwrap_or_default();

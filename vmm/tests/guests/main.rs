@@ -40,6 +40,35 @@ fn a_guest_prints_its_command_line_and_powers_off() {
 }
 
 #[test]
+fn a_slow_reader_of_standard_output_gets_the_last_words_too() {
+    if !possible() {
+        return;
+    }
+    let (mut reader, mut writer) = std::io::pipe().unwrap();
+    // SAFETY: no pointers are involved.
+    let size = unsafe { libc::fcntl(writer.as_raw_fd(), libc::F_SETPIPE_SZ, 4096) };
+    writer.write_all(&vec![b'x'; size as usize]).unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let kernel = directory.path().join("kernel");
+    std::fs::write(&kernel, code::prints_its_command_line().elf()).unwrap();
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_blixard-vmm"));
+    command.args(["run", "--no-stdin", "--cmdline", "last words", "--kernel"]).arg(kernel).stdout(writer);
+    let mut child = command.spawn().unwrap();
+    drop(command);
+    // Its loop waits in epoll_wait; in poll(2) it waits for the reader, after the guest has ended.
+    let waiting = format!("{} ", libc::SYS_poll);
+    let place = format!("/proc/{}/syscall", child.id());
+    while !std::fs::read_to_string(&place).is_ok_and(|call| call.starts_with(&waiting)) {
+        assert!(child.try_wait().unwrap().is_none(), "ended before its output was read");
+        std::thread::yield_now();
+    }
+    let mut text = String::new();
+    reader.read_to_string(&mut text).unwrap();
+    assert!(child.wait().unwrap().success());
+    assert_eq!(text.trim_start_matches('x'), "last words");
+}
+
+#[test]
 fn a_guest_is_entered_by_pvh() {
     if possible() {
         assert_eq!(Vm::run(code::entered_by_pvh(), &[]).end(), ended(0, "P"));
