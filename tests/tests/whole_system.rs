@@ -309,23 +309,6 @@ fn killed_at_any_moment() {
     }
 }
 
-/// Waits for one of many VMs that started together.
-///
-/// QEMU's emulated SVM loses an exception frame now and then when many guests start at once: in about one of forty such
-/// starts the guest's kernel oopses on a frame that was never written. There, and only there, such a start is repeated once.
-fn wait_for_many(name: &str) {
-    let host = host();
-    let wait = || host.blixard(&["wait", "--for", "ready", "--timeout", "400s", name]);
-    let mut answer = wait();
-    let emulated = std::fs::read_to_string("/proc/cpuinfo").unwrap().contains("QEMU TCG");
-    if answer.code != 0 && emulated && host.blixard(&["logs", name]).out.contains("Oops") {
-        println!("note: the emulated processor broke the kernel of {name}; started again");
-        host.blixard(&["start", name]).good();
-        answer = wait();
-    }
-    assert_eq!(answer.code, 0, "{answer:?}\n{}\n{}", host.inspect(name), host.blixard(&["logs", name]).out);
-}
-
 fn twenty() {
     let host = host();
     let names: Vec<String> = (0..20).map(|i| format!("many-{i}")).collect();
@@ -333,7 +316,14 @@ fn twenty() {
         host.blixard(&["run", "-d", "--memory", "96M", "--name", name, "busybox", "sleep", "100000"]).good();
     }
     for name in &names {
-        wait_for_many(name);
+        let answer = host.blixard(&["wait", "--for", "ready", "--timeout", "400s", name]);
+        assert_eq!(
+            answer.code,
+            0,
+            "{answer:?}\n{}\n{}",
+            host.inspect(name),
+            host.blixard(&["logs", name]).out
+        );
     }
     let mut addresses: Vec<String> = names
         .iter()
