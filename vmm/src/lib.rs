@@ -41,6 +41,7 @@ pub mod pci;
 pub mod poll;
 pub mod probe;
 pub mod sandbox;
+pub mod snapshot;
 pub mod times;
 pub mod vcpu;
 pub mod virtio;

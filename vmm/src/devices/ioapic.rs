@@ -9,6 +9,7 @@ use kvm_bindings::kvm_msi;
 use kvm_ioctls::VmFd;
 
 use crate::layout::{IOAPIC_PINS, LOCAL_APIC};
+use crate::snapshot::codec::{Invalid, Reader, Writer};
 
 const SELECT: u64 = 0x00;
 const WINDOW: u64 = 0x10;
@@ -104,6 +105,35 @@ impl IoApic {
             }
             _ => {}
         }
+    }
+
+    /// Writes all registers and line levels for a snapshot.
+    pub fn save(&self, to: &mut Writer) {
+        let state = self.state();
+        to.u8(state.select);
+        to.u32(state.id);
+        to.u32(state.lines);
+        to.u8(IOAPIC_PINS);
+        state.entries.iter().for_each(|entry| to.u64(*entry));
+    }
+
+    /// Takes those of a snapshot. Nothing is delivered.
+    ///
+    /// # Errors
+    /// There is another number of pins.
+    pub fn restore(&self, from: &mut Reader<'_>) -> Result<(), Invalid> {
+        let mut state = self.state();
+        state.select = from.u8("select register")?;
+        state.id = from.u32("id register")? & 0xF;
+        state.lines = from.u32("line levels")?;
+        let pins = from.u8("pins")?;
+        if pins != IOAPIC_PINS {
+            return Err(Invalid::Value { what: "pins", value: pins.into() });
+        }
+        for entry in &mut state.entries {
+            *entry = from.u64("redirection entry")? & !READ_ONLY;
+        }
+        Ok(())
     }
 
     /// Sets the level of a pin's line; a rise is an interrupt.

@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use crate::devices::ioapic::IoApic;
 use crate::layout::SERIAL_PIN;
 use crate::mailbox::{Mailbox, Message};
+use crate::snapshot::codec::{Invalid, Reader, Writer};
 use crate::times::{Moment, Times};
 
 /// Most bytes of output that wait for the I/O thread.
@@ -122,6 +123,35 @@ impl Serial {
             let room = INPUT_MAX.saturating_sub(state.input.len());
             state.input.extend(bytes.iter().take(room));
         });
+    }
+
+    /// Writes registers and typed bytes for a snapshot. What was printed belongs to the console by then.
+    pub fn save(&self, to: &mut Writer) {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        for register in [state.interrupts, state.line_control, state.modem_control, state.scratch] {
+            to.u8(register);
+        }
+        to.raw(&state.divisor);
+        to.bool(state.fifo);
+        to.bool(state.transmitter_empty_pending);
+        to.bytes(&state.input.iter().copied().collect::<Vec<u8>>());
+    }
+
+    /// Takes those of a snapshot. The interrupt line is that of the I/O APIC's snapshot.
+    ///
+    /// # Errors
+    /// It is cut off or has more typed bytes than the buffer.
+    pub fn restore(&self, from: &mut Reader<'_>) -> Result<(), Invalid> {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.interrupts = from.u8("IER")? & 0x0F;
+        state.line_control = from.u8("LCR")?;
+        state.modem_control = from.u8("MCR")? & 0x1F;
+        state.scratch = from.u8("SCR")?;
+        state.divisor = from.array("divisor")?;
+        state.fifo = from.bool("FIFO")?;
+        state.transmitter_empty_pending = from.bool("transmitter interrupt")?;
+        state.input = from.bytes("typed bytes", INPUT_MAX)?.iter().copied().collect();
+        Ok(())
     }
 
     /// Bytes that were lost because the guest did not wait for the transmitter.

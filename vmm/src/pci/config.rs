@@ -1,7 +1,10 @@
 //! Configuration space of one function (PCI Local Bus Specification 3.0 chapter 6): 256 bytes with a mask of what the guest
 //! may write, one 64-bit memory BAR, a list of capabilities.
 
-const SIZE: usize = 256;
+use crate::snapshot::codec::Invalid;
+
+/// Bytes of configuration space.
+pub const SIZE: usize = 256;
 const COMMAND: usize = 0x04;
 const STATUS: usize = 0x06;
 const BAR0: usize = 0x10;
@@ -119,6 +122,27 @@ impl ConfigSpace {
         for ((register, mask), value) in registers.zip(data) {
             *register = *register & !mask | value & mask;
         }
+    }
+
+    /// All registers, for a snapshot.
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// Takes the registers of a snapshot.
+    ///
+    /// # Errors
+    /// Something differs that a guest cannot write: it was another function.
+    pub fn restore(&mut self, saved: &[u8; SIZE]) -> Result<(), Invalid> {
+        let mine = self.bytes.iter().zip(&self.writable);
+        let fixed = |(at, ((register, mask), saved)): (usize, ((&u8, &u8), &u8))| {
+            (register & !mask != saved & !mask).then_some(at)
+        };
+        if let Some(at) = mine.zip(saved).enumerate().find_map(fixed) {
+            return Err(Invalid::Mismatch(format!("PCI register {at:#x} is that of another device")));
+        }
+        self.bytes = *saved;
+        Ok(())
     }
 
     /// Where the BAR is decoded now, if it is.

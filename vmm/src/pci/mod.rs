@@ -9,12 +9,16 @@ pub mod msix;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use crate::snapshot::codec::{Invalid, Reader, Writer};
+
 /// Most functions besides the host bridge: device numbers 1 to 31.
 pub const FUNCTIONS_MAX: usize = 31;
 /// Address and data ports of configuration space.
 pub const PORTS: u16 = 0xCF8;
 /// Their number.
 pub const PORTS_COUNT: u16 = 8;
+/// Bits 24 to 30 and 0 to 1 of the address register are reserved and read as zero.
+const ADDRESS_BITS: u32 = 0x80FF_FFFC;
 /// Configuration space of one function by ECAM.
 const FUNCTION_SPACE: u64 = 4096;
 /// Functions per device number.
@@ -111,10 +115,23 @@ impl Root {
         if let Some(at) = self.selected(offset) {
             self.config_write(at, data);
         } else if let (0, [a, b, c, d]) = (offset, data) {
-            // Bits 24 to 30 and 0 to 1 are reserved and read as zero.
-            let address = u32::from_le_bytes([*a, *b, *c, *d]) & 0x80FF_FFFC;
+            let address = u32::from_le_bytes([*a, *b, *c, *d]) & ADDRESS_BITS;
             self.address.store(address, Ordering::Relaxed);
         }
+    }
+
+    /// Writes the state of the bus itself for a snapshot; functions save theirs.
+    pub fn save(&self, to: &mut Writer) {
+        to.u32(self.address.load(Ordering::Relaxed));
+    }
+
+    /// Takes the state of a snapshot.
+    ///
+    /// # Errors
+    /// It is cut off.
+    pub fn restore(&self, from: &mut Reader<'_>) -> Result<(), Invalid> {
+        self.address.store(from.u32("address register")? & ADDRESS_BITS, Ordering::Relaxed);
+        Ok(())
     }
 
     /// The ECAM offset that a data port stands for now: bus, device, function and register of the address register.

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use crate::interrupt::{Routes, Vector};
+use crate::snapshot::codec::{Invalid, Reader, Writer};
 
 /// Bytes of a table entry.
 pub const ENTRY: usize = 16;
@@ -73,11 +74,7 @@ impl MsiX {
         for (to, from) in bytes.iter_mut().skip(offset % ENTRY).zip(data) {
             *to = *from;
         }
-        let whole = u128::from_le_bytes(bytes);
-        let part = |shift: u32| u32::try_from(whole >> shift & 0xFFFF_FFFF).unwrap_or(0);
-        entry.address = u64::from(part(0)) | u64::from(part(32)) << 32;
-        entry.data = part(64);
-        entry.control = part(96) & MASKED;
+        entry.set_bytes(bytes);
         self.deliver_pending();
     }
 
@@ -100,6 +97,34 @@ impl MsiX {
         }
     }
 
+    /// Writes the table and the pending bits for a snapshot. Enable and mask are in configuration space.
+    pub fn save(&self, to: &mut Writer) {
+        to.u16(u16::try_from(self.entries.len()).unwrap_or(u16::MAX));
+        for entry in &self.entries {
+            to.raw(&entry.bytes());
+            to.bool(entry.pending);
+        }
+    }
+
+    /// Takes those of a snapshot and the control word. Nothing is sent.
+    ///
+    /// # Errors
+    /// There is another number of vectors.
+    pub fn restore(&mut self, from: &mut Reader<'_>, control: u16) -> Result<(), Invalid> {
+        let count = from.u16("MSI-X vectors")?;
+        if usize::from(count) != self.entries.len() {
+            let mine = self.entries.len();
+            return Err(Invalid::Mismatch(format!("{count} MSI-X vectors, this device has {mine}")));
+        }
+        for entry in &mut self.entries {
+            entry.set_bytes(from.array("MSI-X vector")?);
+            entry.pending = from.bool("pending bit")?;
+        }
+        self.enabled = control & ENABLE != 0;
+        self.masked = control & FUNCTION_MASK != 0;
+        Ok(())
+    }
+
     fn deliver_pending(&mut self) {
         if !self.enabled || self.masked {
             return;
@@ -120,6 +145,14 @@ impl Entry {
     fn bytes(&self) -> [u8; ENTRY] {
         let whole = u128::from(self.address) | u128::from(self.data) << 64 | u128::from(self.control) << 96;
         whole.to_le_bytes()
+    }
+
+    fn set_bytes(&mut self, bytes: [u8; ENTRY]) {
+        let whole = u128::from_le_bytes(bytes);
+        let part = |shift: u32| u32::try_from(whole >> shift & 0xFFFF_FFFF).unwrap_or(0);
+        self.address = u64::from(part(0)) | u64::from(part(32)) << 32;
+        self.data = part(64);
+        self.control = part(96) & MASKED;
     }
 
     fn send(&mut self, routes: &Routes) {

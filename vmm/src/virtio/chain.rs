@@ -2,9 +2,9 @@
 //!
 //! Both only move forward, so a byte of the guest is read once: there is no second look at something that may have changed.
 
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, VolatileSlice};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError};
 
-use super::device::GuestMemory;
+use super::device::{GuestMemory, Slice};
 use super::queue::QueueError;
 
 /// A piece of guest memory inside one region; [`super::queue::Queue`] makes none that is not.
@@ -137,7 +137,7 @@ impl<'a> Cursor<'a> {
         Some(Segment { address, length })
     }
 
-    fn next(&mut self, limit: usize) -> Result<Option<VolatileSlice<'a>>, ChainError> {
+    fn next(&mut self, limit: usize) -> Result<Option<Slice<'a>>, ChainError> {
         let Some(segment) = self.next_segment(limit) else { return Ok(None) };
         self.memory.get_slice(segment.address, segment.length as usize).map(Some).map_err(ChainError::Memory)
     }
@@ -153,7 +153,7 @@ impl<'a> Cursor<'a> {
     fn pieces(
         &mut self,
         length: usize,
-        mut each: impl FnMut(VolatileSlice<'a>) -> Result<(), ChainError>,
+        mut each: impl FnMut(Slice<'a>) -> Result<(), ChainError>,
     ) -> Result<(), ChainError> {
         self.need(length)?;
         let mut wanted = length;
@@ -223,7 +223,7 @@ impl<'a> Reader<'a> {
     ///
     /// # Errors
     /// Guest memory went away.
-    pub fn next_slice(&mut self, limit: usize) -> Result<Option<VolatileSlice<'a>>, ChainError> {
+    pub fn next_slice(&mut self, limit: usize) -> Result<Option<Slice<'a>>, ChainError> {
         self.0.next(limit)
     }
 }
@@ -271,7 +271,7 @@ impl<'a> Writer<'a> {
     ///
     /// # Errors
     /// Guest memory went away.
-    pub fn next_slice(&mut self, limit: usize) -> Result<Option<VolatileSlice<'a>>, ChainError> {
+    pub fn next_slice(&mut self, limit: usize) -> Result<Option<Slice<'a>>, ChainError> {
         self.0.next(limit)
     }
 }

@@ -13,12 +13,16 @@
 use std::os::fd::RawFd;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use vm_memory::GuestMemoryMmap;
+use vm_memory::{GuestMemoryMmap, VolatileSlice};
 
 use super::queue::Queue;
+use crate::memory::dirty::{DirtyMap, DirtySlice};
+use crate::snapshot::codec::{Invalid, Reader, Writer};
 
-/// Guest memory as all parts of the VMM share it.
-pub type GuestMemory = GuestMemoryMmap<()>;
+/// Guest memory as all parts of the VMM share it. What the VMM writes there is noted when pages are tracked.
+pub type GuestMemory = GuestMemoryMmap<DirtyMap>;
+/// A piece of it.
+pub type Slice<'a> = VolatileSlice<'a, DirtySlice<'a>>;
 
 /// Virtio device ids (virtio 1.3 section 5).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -118,8 +122,22 @@ pub trait Device: Send {
     fn on_event(&mut self, token: u64, events: u32, watch: &mut dyn Watch);
     /// The driver resets the device: stop watching, wait for what is in flight, drop queues and memory.
     fn deactivate(&mut self, watch: &mut dyn Watch);
-    /// The VM was paused (`true`) or goes on (`false`); a paused device starts nothing new. Default: nothing to do.
+    /// The VM was paused (`true`) or goes on (`false`); a paused device starts nothing new. When it returns after `true`
+    /// the device is at rest: requests of which a part is done are finished and published. Chains that were only taken
+    /// may stay with the device when they are the newest ones: after a restore it takes them once more.
+    /// Default: nothing to do.
     fn on_pause(&mut self, _paused: bool, _watch: &mut dyn Watch) {}
+    /// Writes what a snapshot needs besides registers, queues and configuration space, which the transport saves. Called
+    /// while paused. Default: nothing.
+    fn save(&self, _to: &mut Writer) {}
+    /// Takes what [`Self::save`] of a device of the same kind wrote; somebody else may have changed it. Called once, before
+    /// a device that was active is activated. Default: nothing.
+    ///
+    /// # Errors
+    /// What cannot be.
+    fn restore(&mut self, _from: &mut Reader<'_>) -> Result<(), Invalid> {
+        Ok(())
+    }
     /// Why the device asked for a reset, until it gets one.
     fn failure(&self) -> Option<String> {
         None

@@ -5,6 +5,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 
 use vm_memory::GuestMemoryBackend;
+use vm_memory::bitmap::Bitmap;
 
 use super::chain::{ChainError, Reader, Segment, Writer};
 use super::device::GuestMemory;
@@ -52,7 +53,7 @@ impl IoVecs {
     /// # Errors
     /// Guest memory went away.
     pub fn add_readable(&mut self, mut reader: Reader<'_>) -> Result<bool, ChainError> {
-        self.add(|| reader.next_segment(usize::MAX))
+        self.add(|| reader.next_segment(usize::MAX), false)
     }
 
     /// Adds what `writer` has left, to be filled from a descriptor. As [`Self::add_readable`].
@@ -60,10 +61,14 @@ impl IoVecs {
     /// # Errors
     /// Guest memory went away.
     pub fn add_writable(&mut self, mut writer: Writer<'_>) -> Result<bool, ChainError> {
-        self.add(|| writer.next_segment(usize::MAX))
+        self.add(|| writer.next_segment(usize::MAX), true)
     }
 
-    fn add(&mut self, mut next: impl FnMut() -> Option<Segment>) -> Result<bool, ChainError> {
+    fn add(
+        &mut self,
+        mut next: impl FnMut() -> Option<Segment>,
+        to_be_filled: bool,
+    ) -> Result<bool, ChainError> {
         while let Some(segment) = next() {
             if self.count() >= CHAIN_BUFFERS_MAX {
                 return Ok(false);
@@ -71,6 +76,10 @@ impl IoVecs {
             let length = segment.length as usize;
             // From our own memory, not from that of the reader: the pointer is good as long as `self.memory` is.
             let slice = self.memory.get_slice(segment.address, length).map_err(ChainError::Memory)?;
+            if to_be_filled {
+                // The kernel fills it behind our back. Nobody looks at the map before that is over.
+                slice.bitmap().mark_dirty(0, length);
+            }
             self.list.push(libc::iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len: length });
             self.left += length;
         }

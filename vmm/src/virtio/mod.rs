@@ -23,6 +23,7 @@ mod queue_test;
 pub mod rng;
 pub mod socket;
 pub mod transport;
+mod transport_state;
 #[cfg(test)]
 mod transport_test;
 pub mod turn;

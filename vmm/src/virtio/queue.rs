@@ -264,6 +264,16 @@ impl Queue {
         }
     }
 
+    /// Continues a queue of a snapshot whose used index was `used`. At rest each chain before it was given back; what was
+    /// taken after it is taken again.
+    pub fn continue_at(&mut self, used: u16) {
+        let used = Wrapping(used);
+        self.next_available = used;
+        self.seen_available = used;
+        self.next_used = used;
+        self.published_used = used;
+    }
+
     /// Whether the driver enabled this queue.
     pub fn is_enabled(&self) -> bool {
         self.size != 0

@@ -55,19 +55,19 @@ const WINDOW_DATA: u16 = 16;
 /// `VIRTIO_F_INDIRECT_DESC`.
 const F_INDIRECT: u64 = 1 << 28;
 /// `VIRTIO_F_EVENT_IDX`.
-const F_EVENT_IDX: u64 = 1 << 29;
+pub(super) const F_EVENT_IDX: u64 = 1 << 29;
 /// `VIRTIO_F_VERSION_1`.
-const F_VERSION_1: u64 = 1 << 32;
+pub(super) const F_VERSION_1: u64 = 1 << 32;
 
-const STATUS_DRIVER_OK: u8 = 4;
-const STATUS_FEATURES_OK: u8 = 8;
-const STATUS_NEEDS_RESET: u8 = 64;
+pub(super) const STATUS_DRIVER_OK: u8 = 4;
+pub(super) const STATUS_FEATURES_OK: u8 = 8;
+pub(super) const STATUS_NEEDS_RESET: u8 = 64;
 /// What a driver may set: ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, FAILED.
-const STATUS_WRITABLE: u8 = 1 | 2 | STATUS_DRIVER_OK | STATUS_FEATURES_OK | 128;
-const ISR_QUEUE: u8 = 1;
+pub(super) const STATUS_WRITABLE: u8 = 1 | 2 | STATUS_DRIVER_OK | STATUS_FEATURES_OK | 128;
+pub(super) const ISR_QUEUE: u8 = 1;
 const ISR_CONFIG: u8 = 2;
 /// `VIRTIO_MSI_NO_VECTOR`.
-const NO_VECTOR: u16 = 0xFFFF;
+pub(super) const NO_VECTOR: u16 = 0xFFFF;
 
 /// A part of the BAR.
 #[derive(Clone, Copy)]
@@ -90,7 +90,7 @@ impl Part {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Phase {
+pub(super) enum Phase {
     Idle,
     Active,
     Resetting,
@@ -98,13 +98,13 @@ enum Phase {
 
 /// What a driver writes about one queue.
 #[derive(Debug, Clone, Copy)]
-struct QueueRegisters {
-    size: u16,
-    vector: u16,
-    enabled: bool,
-    descriptors: u64,
-    available: u64,
-    used: u64,
+pub(super) struct QueueRegisters {
+    pub size: u16,
+    pub vector: u16,
+    pub enabled: bool,
+    pub descriptors: u64,
+    pub available: u64,
+    pub used: u64,
 }
 
 impl QueueRegisters {
@@ -112,7 +112,7 @@ impl QueueRegisters {
         Self { size, vector: NO_VECTOR, enabled: false, descriptors: 0, available: 0, used: 0 }
     }
 
-    fn build(&self, index: u16, event_idx: bool, memory: &GuestMemory) -> Result<Queue, QueueError> {
+    pub fn build(&self, index: u16, event_idx: bool, memory: &GuestMemory) -> Result<Queue, QueueError> {
         if self.enabled {
             let Self { size, descriptors, available, used, .. } = *self;
             Queue::new(index, size, descriptors, available, used, event_idx, memory)
@@ -122,41 +122,43 @@ impl QueueRegisters {
     }
 }
 
-struct State {
-    pci: PciConfig,
-    msix_capability: u16,
+pub(super) struct State {
+    pub pci: PciConfig,
+    pub msix_capability: u16,
     window_capability: u16,
-    msix: MsiX,
-    phase: Phase,
-    status: u8,
-    isr: u8,
-    generation: u8,
-    device_feature_select: u32,
-    driver_feature_select: u32,
-    driver_features: u64,
-    config_vector: u16,
-    queue_select: u16,
-    queues: Vec<QueueRegisters>,
+    pub msix: MsiX,
+    pub phase: Phase,
+    pub status: u8,
+    pub isr: u8,
+    pub generation: u8,
+    pub device_feature_select: u32,
+    pub driver_feature_select: u32,
+    pub driver_features: u64,
+    pub config_vector: u16,
+    pub queue_select: u16,
+    pub queues: Vec<QueueRegisters>,
     /// Queues for the I/O thread, between DRIVER_OK and its turn.
-    ready: Option<Vec<Queue>>,
+    pub ready: Option<Vec<Queue>>,
     /// Notification events by queue, while active.
     kicks: Vec<Option<EventFd>>,
     /// Queues that were notified before their events existed.
-    early_kicks: u64,
+    pub early_kicks: u64,
     /// BAR address for which the kernel has the notification events.
     kicks_at: Option<u64>,
     failures: u64,
+    /// The device configuration is not that of the snapshot.
+    pub config_differs: bool,
 }
 
 /// One device on the bus.
 pub struct Transport {
-    index: usize,
-    kind: DeviceKind,
-    features: u64,
-    queue_sizes: Vec<u16>,
-    config: ConfigSpace,
-    memory: GuestMemory,
-    mailbox: Arc<Mailbox>,
+    pub(super) index: usize,
+    pub(super) kind: DeviceKind,
+    pub(super) features: u64,
+    pub(super) queue_sizes: Vec<u16>,
+    pub(super) config: ConfigSpace,
+    pub(super) memory: GuestMemory,
+    pub(super) mailbox: Arc<Mailbox>,
     vm: Option<Arc<VmFd>>,
     /// Where the BAR is decoded; `u64::MAX` when it is not. A copy of what the configuration space says.
     bar: AtomicU64,
@@ -208,6 +210,7 @@ impl Transport {
             early_kicks: 0,
             kicks_at: None,
             failures: 0,
+            config_differs: false,
         };
         Self {
             index,
@@ -223,7 +226,7 @@ impl Transport {
         }
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    pub(super) fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -312,7 +315,7 @@ impl Transport {
     }
 
     /// The configuration space was written: the BAR may have moved.
-    fn follow_bar(&self, state: &mut State) {
+    pub(super) fn follow_bar(&self, state: &mut State) {
         let bar = state.pci.bar().map(|bar| bar.address);
         self.bar.store(bar.unwrap_or(u64::MAX), Ordering::Relaxed);
         if state.kicks_at != bar && state.kicks.iter().any(Option::is_some) {
@@ -495,12 +498,12 @@ impl State {
         self.config_interrupt();
     }
 
-    fn config_interrupt(&mut self) {
+    pub(super) fn config_interrupt(&mut self) {
         self.generation = self.generation.wrapping_add(1);
         self.interrupt(self.config_vector, ISR_CONFIG);
     }
 
-    fn interrupt(&mut self, vector: u16, isr: u8) {
+    pub(super) fn interrupt(&mut self, vector: u16, isr: u8) {
         if self.msix.is_enabled() {
             self.msix.raise(vector);
         } else {

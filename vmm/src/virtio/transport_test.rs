@@ -12,6 +12,7 @@ use super::transport::{BAR_SIZE, Transport, first_bar};
 use crate::interrupt::Routes;
 use crate::mailbox::{Mailbox, Message};
 use crate::pci::Function;
+use crate::snapshot::codec::{Invalid, Reader, Writer};
 
 const STATUS: u64 = 0x14;
 const NOTIFY: u64 = 0x3000;
@@ -311,5 +312,100 @@ proptest! {
             }
         }
         prop_assert_eq!(bench.memory.read_obj::<u64>(GuestAddress(0)).unwrap(), 0);
+    }
+}
+
+/// Saves `bench` and restores it into a fresh one over the same memory, after `change` was made to the bytes.
+fn restored(bench: &Bench, change: impl FnOnce(&mut Vec<u8>)) -> Result<Bench, Invalid> {
+    let mut state = Writer::new();
+    bench.transport.save(&mut state);
+    let mut bytes = state.into_bytes();
+    change(&mut bytes);
+    let mut copy = Bench::new();
+    let device = Rng::new().unwrap();
+    let (routes, mailbox) = (copy.routes.clone(), copy.mailbox.clone());
+    copy.transport = Transport::new(5, &device, &bench.memory, first_bar(0), routes, mailbox, None);
+    copy.memory = bench.memory.clone();
+    let mut reader = Reader::new(&bytes);
+    copy.transport.restore(&mut reader)?;
+    reader.end()?;
+    Ok(copy)
+}
+
+#[test]
+fn a_restored_device_goes_on_behind_the_last_used_chain_and_its_driver_is_woken() {
+    let bench = Bench::new();
+    bench.start();
+    drop(bench.transport.take_ready().unwrap());
+    bench.write(TABLE + 16, 8, 0xFEE0_0000);
+    bench.write(TABLE + 24, 8, 0x41);
+    bench.transport.config_write(0x42, &[0, 0x80]);
+    // 700 chains were given back and two more are there.
+    bench.memory.write_obj(700u16, GuestAddress(0x3002)).unwrap();
+    bench.memory.write_obj(702u16, GuestAddress(0x2002)).unwrap();
+    bench.memory.write_obj(1u16, GuestAddress(0x2004 + 2 * (701 % 16))).unwrap();
+    let copy = restored(&bench, |_| {}).unwrap();
+    assert_eq!(copy.mailbox.take(), [Message::Activate(5)]);
+    let mut ready = copy.transport.take_ready().unwrap();
+    assert!(ready.queues[0].pop().unwrap().is_some());
+    assert!(ready.queues[0].pop().unwrap().is_some());
+    assert!(ready.queues[0].pop().unwrap().is_none());
+    assert_eq!(
+        [0x18, 0x20, 0x28, 0x30].map(|at| copy.read(at, 8)),
+        [0x18, 0x20, 0x28, 0x30].map(|at| bench.read(at, 8))
+    );
+    copy.transport.wake_driver();
+    assert_eq!(copy.routes.sent(), [(0xFEE0_0000, 0x41)]);
+}
+
+#[test]
+fn a_device_that_waits_for_its_reset_does_so_after_a_restore() {
+    let bench = Bench::new();
+    bench.start();
+    bench.transport.needs_reset();
+    let copy = restored(&bench, |_| {}).unwrap();
+    assert!(!copy.transport.take_ready().unwrap().queues[0].is_enabled());
+    assert_eq!(copy.read(STATUS, 1) & NEEDS_RESET, NEEDS_RESET);
+}
+
+#[test]
+fn what_does_not_fit_the_device_is_refused_with_the_reason() {
+    let bench = Bench::new();
+    bench.start();
+    // Kind, vendor, MSI-X count, features, size and place of the queue.
+    let (msix, registers) = (2 + 256, 2 + 256 + 2 + 2 * 17);
+    for (at, value, reason) in [
+        (0, 2, "virtio device 2, here is a Rng"),
+        (2, 0, "PCI register 0x0 is that of another device"),
+        (msix, 9, "9 MSI-X vectors, this device has 2"),
+        (registers, 7, "active: 0x7"),
+        (registers + 1, 16, "status: 0x10"),
+        (registers + 1, 1, "status of an active device: 0x1"),
+        (registers + 17, 1, "features 0x10000000000"),
+        (registers + 20, 3, "vector: 0xff03"),
+        (registers + 24, 2, "2 queues, this device has 1"),
+        (registers + 26, 3, "queue size: 0x3"),
+        (registers + 31, 1, "queue 0: descriptor table at 0x1001 is not aligned"),
+        (registers + 35, 1, "queue 0: descriptor table of 256 bytes at 0x100001000 is not inside"),
+    ] {
+        let error =
+            restored(&bench, |bytes| bytes[at] = value).err().map(|e| e.to_string()).unwrap_or_default();
+        assert!(error.contains(reason), "{at}: {error}");
+    }
+}
+
+proptest! {
+    #[test]
+    fn no_state_panics(bytes: Vec<u8>, at in any::<prop::sample::Index>(), value: u8) {
+        let bench = Bench::new();
+        bench.start();
+        drop(bench.transport.restore(&mut Reader::new(&bytes)));
+        if let Ok(copy) = restored(&bench, |bytes| *at.get_mut(bytes) = value) {
+            copy.transport.wake_driver();
+            copy.transport.bar_write(NOTIFY, &[0; 4]);
+            if let Some(mut ready) = copy.transport.take_ready() {
+                let _ = ready.queues[0].pop();
+            }
+        }
     }
 }

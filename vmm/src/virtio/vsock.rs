@@ -30,6 +30,7 @@ use super::vsock_clients::Clients;
 use super::vsock_link::{LinkEnd, LinkSender, Outbox};
 use super::vsock_packet::{HEADER_LENGTH, HOST_CID, Header, Operation, TYPE_STREAM};
 use super::vsock_stream::{Ports, Stream};
+use crate::snapshot::codec::{Invalid, Reader as StateReader};
 
 /// Most streams, and clients that have not said yet what they want.
 pub const STREAMS_MAX: usize = 1024;
@@ -43,6 +44,8 @@ const TICK: Duration = Duration::from_millis(500);
 const PORT_FIRST: u32 = 1 << 30;
 const PORT_END: u32 = 1 << 31;
 
+/// An event of the event queue (virtio 1.3 section 5.10.6.7).
+const EVENT_TRANSPORT_RESET: u32 = 0;
 const QUEUE_SIZES: [u16; 3] = [256, 256, 64];
 const TURN: u64 = 0;
 const LISTENER: u64 = 1;
@@ -82,6 +85,8 @@ pub struct Vsock {
     host: Host,
     config: ConfigSpace,
     active: Option<Active>,
+    /// The guest's streams ended with the VM that it was copied from, and it has to be told.
+    restored: bool,
     paused: bool,
     failure: Failure,
 }
@@ -114,6 +119,8 @@ struct Active {
     interrupt: Arc<dyn Interrupt>,
     to_guest: Queue,
     from_guest: Queue,
+    /// Until the guest was told that its streams are gone: where to tell it.
+    events: Option<Queue>,
     /// A chain taken for a packet that did not come about.
     empty: Option<Chain>,
     buffers: IoVecs,
@@ -164,7 +171,10 @@ impl Vsock {
             counts: Counts::default(),
         };
         let config = ConfigSpace::new(u64::from(cid).to_le_bytes().into());
-        Ok((Self { host, config, active: None, paused: false, failure: Failure::default() }, sender))
+        Ok((
+            Self { host, config, active: None, restored: false, paused: false, failure: Failure::default() },
+            sender,
+        ))
     }
 
     fn run(&mut self, watch: &mut dyn Watch) {
@@ -232,6 +242,7 @@ impl Active {
         if !self.from_guest.is_enabled() {
             return Ok(false);
         }
+        self.tell_reset()?;
         // Records for the guest may have come from another thread.
         if let Some(id) = self.link {
             self.poke(id);
@@ -247,6 +258,22 @@ impl Active {
             }
         }
         Ok(more_clients || more_to_guest || (more_from_guest && self.resets.len() < RESETS_MAX))
+    }
+
+    /// `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET` (section 5.10.6.7), as soon as the driver has room for it.
+    fn tell_reset(&mut self) -> Result<(), VsockFailure> {
+        let Some(events) = self.events.as_mut() else { return Ok(()) };
+        // A driver that adds its buffer just now kicks for it.
+        let first = events.pop()?;
+        let found = if first.is_none() && events.enable_kicks()? { events.pop()? } else { first };
+        let Some(chain) = found else { return Ok(()) };
+        chain.writer(&self.memory).write(&EVENT_TRANSPORT_RESET.to_le_bytes())?;
+        events.add_used(chain, 4)?;
+        if events.publish()? {
+            self.interrupt.used(events.index());
+        }
+        self.events = None;
+        Ok(())
     }
 
     /// Puts a stream that has something for the guest on the list.
@@ -528,6 +555,7 @@ impl Device for Vsock {
         let mut queues = queues.into_iter();
         let mut next = |index| queues.next().unwrap_or_else(|| Queue::disabled(index));
         let (to_guest, from_guest) = (next(0), next(1));
+        let events = std::mem::take(&mut self.restored).then(|| next(2));
         if let Err(error) = self.host.watch(watch) {
             self.failure.note(&VsockFailure::Event(error), &*interrupt);
             return;
@@ -537,6 +565,7 @@ impl Device for Vsock {
             interrupt,
             to_guest,
             from_guest,
+            events,
             empty: None,
             buffers: IoVecs::new(&memory),
             memory,
@@ -586,6 +615,11 @@ impl Device for Vsock {
     fn on_pause(&mut self, paused: bool, watch: &mut dyn Watch) {
         self.paused = paused;
         self.run(watch);
+    }
+
+    fn restore(&mut self, _from: &mut StateReader<'_>) -> Result<(), Invalid> {
+        self.restored = true;
+        Ok(())
     }
 
     fn failure(&self) -> Option<String> {

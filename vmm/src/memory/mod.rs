@@ -2,6 +2,8 @@
 //!
 //! Nothing is touched or allocated in proportion to its size; pages appear when somebody writes to them.
 
+pub mod dirty;
+
 use std::ffi::CStr;
 use std::fs::File;
 use std::io;
@@ -12,6 +14,7 @@ use vm_memory::{
     MmapRegion,
 };
 
+use self::dirty::DirtyMap;
 use crate::layout::{HIGH_RAM_START, LOW_RAM, MIB};
 use crate::virtio::device::GuestMemory;
 
@@ -83,7 +86,12 @@ pub fn create(mib: u32) -> Result<GuestMemory, MemoryError> {
     GuestMemoryMmap::from_regions(regions).map_err(MemoryError::Arrange)
 }
 
-fn region(file: FileOffset, size: u64, start: u64, mib: u32) -> Result<GuestRegionMmap, MemoryError> {
+fn region(
+    file: FileOffset,
+    size: u64,
+    start: u64,
+    mib: u32,
+) -> Result<GuestRegionMmap<DirtyMap>, MemoryError> {
     let length = usize::try_from(size).map_err(|e| MemoryError::Create(io::Error::other(e)))?;
     let mapping = MmapRegion::from_file(file, length).map_err(|source| MemoryError::Map { mib, source })?;
     GuestRegionMmap::new(mapping, GuestAddress(start))
