@@ -3,12 +3,16 @@
 //! Sockets never block. A client that does not read its answers is dropped; the VM does not notice.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::sync::Arc;
 
 use blixard_vmm_api::control::{Event, FromVmm, MESSAGE_BYTES_MAX, Reply, Request, Status};
+use blixard_vmm_api::snapshot::DESCRIPTORS_MAX;
 
 use crate::devices::console::{accept, set_nonblocking};
+use crate::passing;
 use crate::poll::{Owner, Poll};
 
 /// Most clients at once; one more is turned away.
@@ -33,8 +37,15 @@ pub struct Control {
 
 /// Who does what is asked.
 pub trait Answer {
-    /// Does `request` and answers it.
-    fn answer(&mut self, request: &Request) -> Reply;
+    /// Does `request`, with what was passed beside it, and answers it.
+    fn answer(&mut self, request: &Request, given: Vec<OwnedFd>, poll: &mut Poll) -> Answered;
+}
+
+/// A reply and the files that are passed beside it.
+pub type Answered = (Reply, Vec<Arc<File>>);
+
+fn refused(reason: String) -> Answered {
+    (Reply::Refused { reason }, vec![])
 }
 
 impl Control {
@@ -56,22 +67,24 @@ impl Control {
         for _ in 0..REQUESTS_PER_TURN {
             let Some(client) = self.clients.get(&token) else { return };
             self.buffer.resize(MESSAGE_BYTES_MAX, 0);
-            let message = match receive(&client.socket, &mut self.buffer) {
-                Ok(Some(0)) => return self.drop_client(token, poll),
-                Ok(Some(length)) => self.buffer.get(..length),
+            let received = match passing::receive(&client.socket, &mut self.buffer) {
+                Ok(Some(received)) if received.length > 0 => received,
                 Ok(None) => return,
-                Err(_) => return self.drop_client(token, poll),
+                _ => return self.drop_client(token, poll),
             };
+            let message = self.buffer.get(..received.length);
             let request = message.map(serde_json::from_slice::<Request>);
             let reply = match &request {
-                Some(Ok(request)) => vm.answer(request),
-                Some(Err(error)) => Reply::Refused { reason: format!("not a request: {error}") },
-                None => Reply::Refused { reason: format!("longer than {MESSAGE_BYTES_MAX} bytes") },
+                _ if received.too_many => refused(format!("more than {DESCRIPTORS_MAX} descriptors")),
+                Some(Ok(request)) => vm.answer(request, received.descriptors, poll),
+                Some(Err(error)) => refused(format!("not a request: {error}")),
+                None => refused(format!("longer than {MESSAGE_BYTES_MAX} bytes")),
             };
             if let (Some(Ok(Request::Subscribe)), Some(client)) = (&request, self.clients.get_mut(&token)) {
                 client.subscribed = true;
             }
-            self.send(token, &FromVmm::Reply(reply), poll);
+            let (reply, files) = reply;
+            self.send(token, &FromVmm::Reply(reply), &files, poll);
         }
     }
 
@@ -85,7 +98,7 @@ impl Control {
         let subscribers: Vec<u64> =
             self.clients.iter().filter(|(_, c)| c.subscribed).map(|(n, _)| *n).collect();
         for token in subscribers {
-            self.send(token, message, poll);
+            self.send(token, message, &[], poll);
         }
     }
 
@@ -107,46 +120,13 @@ impl Control {
         }
     }
 
-    fn send(&mut self, token: u64, message: &FromVmm, poll: &mut Poll) {
+    fn send(&mut self, token: u64, message: &FromVmm, files: &[Arc<File>], poll: &mut Poll) {
         let Some(client) = self.clients.get(&token) else { return };
-        let sent = serde_json::to_vec(message).is_ok_and(|bytes| transmit(&client.socket, &bytes));
+        let descriptors: Vec<RawFd> = files.iter().map(AsRawFd::as_raw_fd).collect();
+        let sent = serde_json::to_vec(message)
+            .is_ok_and(|bytes| passing::send(&client.socket, &bytes, &descriptors));
         if !sent {
             self.drop_client(token, poll);
         }
     }
-}
-
-/// A datagram: `Some(length)`, larger than the buffer when it was cut; `None` when there is none now.
-fn receive(socket: &OwnedFd, buffer: &mut [u8]) -> io::Result<Option<usize>> {
-    let (data, room) = (buffer.as_mut_ptr(), buffer.len());
-    // SAFETY: pointer and length are those of the buffer; null pointers mean that the sender's address is not wanted.
-    let got = unsafe {
-        libc::recvfrom(
-            socket.as_raw_fd(),
-            data.cast(),
-            room,
-            libc::MSG_TRUNC,
-            std::ptr::null_mut(),
-            std::ptr::null_mut(),
-        )
-    };
-    usize::try_from(got).map(Some).or_else(|_| match io::Error::last_os_error() {
-        error if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => Ok(None),
-        error => Err(error),
-    })
-}
-
-fn transmit(socket: &OwnedFd, bytes: &[u8]) -> bool {
-    // SAFETY: pointer and length are those of a slice.
-    let sent = unsafe {
-        libc::sendto(
-            socket.as_raw_fd(),
-            bytes.as_ptr().cast(),
-            bytes.len(),
-            libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT,
-            std::ptr::null(),
-            0,
-        )
-    };
-    usize::try_from(sent) == Ok(bytes.len())
 }

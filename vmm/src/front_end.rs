@@ -6,11 +6,14 @@ use std::io;
 use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd};
 
 use blixard_vmm::descriptors::Descriptors;
+use blixard_vmm::snapshot::file::State;
+use blixard_vmm::snapshot::sections::Machine;
 use blixard_vmm_api::config::{ConsoleConfig, DiskConfig, MacAddr, NicConfig, VsockConfig};
+use blixard_vmm_api::snapshot::{MemoryConfig, Paging, RestoreConfig, SnapshotFiles};
 use blixard_vmm_api::{ExitReason, VmConfig, VmId};
 
 /// What the command line says.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Clone)]
 pub struct Options {
     kernel: Option<String>,
     initramfs: Option<String>,
@@ -25,7 +28,17 @@ pub struct Options {
     boot_timer: bool,
     no_stdin: bool,
     log_syscalls: bool,
+    /// State and memory files: what a diff is based on, oldest first, then the snapshot.
+    snapshots: Vec<(String, String)>,
+    paging: Paging,
+    working_set: Option<String>,
+    clock_went_on: bool,
+    paused: bool,
+    memory_options: MemoryConfig,
 }
+
+/// The opened files of a snapshot, state and memory, after those of what it is based on.
+pub type Snapshots = Vec<(OwnedFd, OwnedFd)>;
 
 impl Options {
     /// Reads the words behind `run`.
@@ -36,6 +49,7 @@ impl Options {
         let cmdline = "console=ttyS0 reboot=k panic=-1".to_owned();
         let mut options = Self { vcpus: 1, memory: 128, cmdline, ..Self::default() };
         let mut words = words.iter();
+        let mut bases = 0;
         while let Some(word) = words.next() {
             let mut value =
                 || words.next().map(|w| (*w).to_owned()).ok_or(format!("{word}: value is missing"));
@@ -56,6 +70,23 @@ impl Options {
                     let (path, cid) = text.rsplit_once(',').ok_or(format!("{word}: PATH,CID is needed"))?;
                     options.vsock = Some((path.to_owned(), number(word, cid)?));
                 }
+                "--restore" | "--base" => {
+                    let text = value()?;
+                    let files = text.split_once(',').ok_or(format!("{word}: STATE,MEMORY is needed"))?;
+                    let files = (files.0.to_owned(), files.1.to_owned());
+                    // A base comes before the snapshot, wherever it is named.
+                    let at = if *word == "--base" { bases } else { options.snapshots.len() };
+                    bases += usize::from(*word == "--base");
+                    options.snapshots.insert(at, files);
+                }
+                "--userfault" => options.paging = Paging::Userfault,
+                "--working-set" => options.working_set = Some(value()?),
+                "--clock-went-on" => options.clock_went_on = true,
+                "--paused" => options.paused = true,
+                "--track-writes" => options.memory_options.track_writes = true,
+                "--huge-pages" => options.memory_options.huge_pages = true,
+                "--thp" => options.memory_options.transparent_huge_pages = true,
+                "--merge" => options.memory_options.merge = true,
                 "--rng" => options.rng = true,
                 "--control" => options.control = Some(value()?),
                 "--boot-timer" => options.boot_timer = true,
@@ -64,7 +95,11 @@ impl Options {
                 _ => return Err(format!("{word}: no such option")),
             }
         }
-        if options.kernel.is_none() { Err("--kernel is missing".into()) } else { Ok(options) }
+        match (&options.kernel, options.snapshots.len() - bases) {
+            (None, 1) | (Some(_), 0) if options.kernel.is_none() || bases == 0 => Ok(options),
+            (None, 0) => Err("--kernel or --restore is missing".into()),
+            _ => Err("either --kernel, or one --restore with its --base".into()),
+        }
     }
 
     /// Whether what is typed goes to the guest.
@@ -77,11 +112,47 @@ impl Options {
         self.log_syscalls
     }
 
+    /// Reads the words behind `fork`: what children of a running VM are given.
+    ///
+    /// # Errors
+    /// The word that is wrong, and why.
+    pub fn parse_for_fork(words: &[&str]) -> Result<Self, String> {
+        // The descriptors come from the VM; the names are never opened.
+        Self::parse(&[words, &["--restore", "-,-"]].concat())
+    }
+
+    /// The same options for child `number`: sockets get its number behind their name.
+    pub fn for_child(&self, number: usize) -> Self {
+        let name = |path: &String| format!("{path}.{number}");
+        Self {
+            control: self.control.as_ref().map(name),
+            vsock: self.vsock.as_ref().map(|(path, cid)| (name(path), *cid)),
+            ..self.clone()
+        }
+    }
+
     /// Opens everything.
     ///
     /// # Errors
     /// What cannot be opened, or is refused by the configuration.
     pub fn open(&self) -> Result<(VmConfig, Descriptors), ExitReason> {
+        let mut snapshots = vec![];
+        for (state, memory) in &self.snapshots {
+            snapshots.push((open(state, true)?, open(memory, true)?));
+        }
+        let config = self.open_with(snapshots)?;
+        // SAFETY: `open_with` gave up ownership of these descriptors, which are distinct.
+        let given = unsafe { Descriptors::inherit(&config.descriptors) };
+        given
+            .map(|given| (config, given))
+            .map_err(|error| ExitReason::Internal { detail: blixard_vmm::chain(&error) })
+    }
+
+    /// Opens everything but the files of snapshots. Who gets the configuration owns its descriptors.
+    ///
+    /// # Errors
+    /// What cannot be opened, or is refused by the configuration.
+    pub fn open_with(&self, snapshots: Snapshots) -> Result<VmConfig, ExitReason> {
         let mut opened = Opened::default();
         if self.no_stdin {
             let null = open("/dev/null", true)?;
@@ -97,7 +168,7 @@ impl Options {
             vcpus: self.vcpus,
             memory_mib: self.memory,
             kvm: opened.keep("kvm", kvm),
-            kernel: opened.keep("kernel", open(self.kernel.as_deref().unwrap_or_default(), true)?),
+            kernel: String::new(),
             initramfs: None,
             cmdline: self.cmdline.clone(),
             guest: None,
@@ -109,8 +180,14 @@ impl Options {
             control: None,
             exit_record: None,
             boot_timer: self.boot_timer,
+            memory: self.memory_options,
+            restore: None,
             descriptors: BTreeMap::new(),
         };
+        if let Some(path) = &self.kernel {
+            config.kernel = opened.keep("kernel", open(path, true)?);
+        }
+        self.restore(&mut config, snapshots, &mut opened)?;
         if let Some(path) = &self.initramfs {
             config.initramfs = Some(opened.keep("initramfs", open(path, true)?));
         }
@@ -139,11 +216,44 @@ impl Options {
         }
         config.descriptors = opened.numbers();
         config.validate().map_err(|error| ExitReason::BadConfig { detail: error.to_string() })?;
-        // SAFETY: `opened` gave up ownership of these descriptors, which are distinct.
-        let given = unsafe { Descriptors::inherit(&config.descriptors) };
-        given
-            .map(|given| (config, given))
-            .map_err(|error| ExitReason::Internal { detail: blixard_vmm::chain(&error) })
+        Ok(config)
+    }
+
+    fn restore(
+        &self,
+        config: &mut VmConfig,
+        snapshots: Snapshots,
+        opened: &mut Opened,
+    ) -> Result<(), ExitReason> {
+        let mut files = vec![];
+        for (number, (state, memory)) in snapshots.into_iter().enumerate() {
+            let state = File::from(state);
+            let machine = State::read_from(&state).and_then(|mut s| s.take("machine", Machine::restore));
+            let machine = machine.map_err(|e| ExitReason::BadConfig { detail: blixard_vmm::chain(&e) })?;
+            config.vcpus = machine.vcpus;
+            config.memory_mib = u32::try_from(machine.memory >> 20).unwrap_or(u32::MAX);
+            let state = opened.keep(&format!("state{number}"), state.into());
+            files.push(SnapshotFiles { state, memory: opened.keep(&format!("memory{number}"), memory) });
+        }
+        let Some(snapshot) = files.pop() else { return Ok(()) };
+        let working_set = match &self.working_set {
+            Some(path) => Some(opened.keep("working-set", open(path, true)?)),
+            None => None,
+        };
+        let userfaultfd = match self.paging {
+            Paging::Userfault => Some(opened.keep("userfaultfd", open("/dev/userfaultfd", false)?)),
+            Paging::Map => None,
+        };
+        config.restore = Some(RestoreConfig {
+            snapshot,
+            bases: files,
+            paging: self.paging,
+            userfaultfd,
+            working_set,
+            clock_went_on: self.clock_went_on,
+            paused: self.paused,
+        });
+        Ok(())
     }
 }
 

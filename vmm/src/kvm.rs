@@ -7,13 +7,14 @@ use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::Arc;
 
 use kvm_bindings::{
-    KVM_API_VERSION, KVM_CAP_SPLIT_IRQCHIP, KVM_MAX_CPUID_ENTRIES, kvm_enable_cap,
-    kvm_userspace_memory_region,
+    KVM_API_VERSION, KVM_CAP_SPLIT_IRQCHIP, KVM_CLOCK_REALTIME, KVM_MAX_CPUID_ENTRIES,
+    KVM_MEM_LOG_DIRTY_PAGES, kvm_clock_data, kvm_enable_cap, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::arch::x86_64::cpuid::Template;
+use crate::arch::x86_64::vcpu_state::HostState;
 use crate::layout::{IOAPIC_PINS, KVM_TSS};
 use crate::virtio::device::GuestMemory;
 
@@ -72,15 +73,15 @@ impl Vm {
         &self.fd
     }
 
-    /// Gives the VM its memory. To be called before vCPUs exist.
+    /// Gives the VM its memory, before vCPUs exist; or changes whether writes to it are logged.
     ///
     /// # Errors
     /// The kernel refuses.
-    pub fn add_memory(&self, memory: &GuestMemory) -> Result<(), KvmError> {
+    pub fn set_memory(&self, memory: &GuestMemory, log_writes: bool) -> Result<(), KvmError> {
         for (slot, region) in (0..).zip(memory.iter()) {
             let slot = kvm_userspace_memory_region {
                 slot,
-                flags: 0,
+                flags: if log_writes { KVM_MEM_LOG_DIRTY_PAGES } else { 0 },
                 guest_phys_addr: region.start_addr().0,
                 memory_size: region.len(),
                 // An address is a number here; the lossless conversion has no safe name.
@@ -93,6 +94,14 @@ impl Vm {
         Ok(())
     }
 
+    /// Pages of region `slot`, of `bytes` bytes, that the guest wrote since the last call.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn take_log(&self, slot: u32, bytes: usize) -> Result<Vec<u64>, KvmError> {
+        self.fd.get_dirty_log(slot, bytes).map_err(failed("KVM_GET_DIRTY_LOG"))
+    }
+
     /// What this host can show its guests of the processor.
     ///
     /// # Errors
@@ -102,6 +111,40 @@ impl Vm {
             self.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(failed("KVM_GET_SUPPORTED_CPUID"))?;
         let deadline = self.fd.check_extension(Cap::TscDeadlineTimer);
         Ok(Template::new(supported.as_slice(), vcpus, deadline))
+    }
+
+    /// What is needed to read or write the state of vCPUs.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn host_state(&self) -> Result<HostState, KvmError> {
+        let msrs = self.kvm.get_msr_index_list().map_err(failed("KVM_GET_MSR_INDEX_LIST"))?;
+        let xsave = usize::try_from(self.fd.check_extension_int(Cap::Xsave2)).unwrap_or(0);
+        Ok(HostState { xsave, msrs: msrs.as_slice().to_vec() })
+    }
+
+    /// The VM's clock, for a snapshot.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn clock(&self) -> Result<kvm_clock_data, KvmError> {
+        self.fd.get_clock().map_err(failed("KVM_GET_CLOCK"))
+    }
+
+    /// Sets the VM's clock to that of a snapshot; with `realtime` the time since then has passed for the guest too, where
+    /// both hosts' kernels know the real time of their clocks.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn set_clock(&self, saved: &kvm_clock_data, realtime: bool) -> Result<(), KvmError> {
+        let flags = if realtime { saved.flags & KVM_CLOCK_REALTIME } else { 0 };
+        let clock = kvm_clock_data { flags, host_tsc: 0, pad0: 0, pad: [0; 4], ..*saved };
+        self.fd.set_clock(&clock).map_err(failed("KVM_SET_CLOCK"))
+    }
+
+    /// Whether vCPUs may get another time stamp frequency than the host's.
+    pub fn scales_tsc(&self) -> bool {
+        self.fd.check_extension(Cap::TscControl)
     }
 
     /// Makes vCPU `index`.

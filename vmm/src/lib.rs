@@ -37,6 +37,7 @@ pub mod layout;
 pub mod machine;
 pub mod mailbox;
 pub mod memory;
+pub mod passing;
 pub mod pci;
 pub mod poll;
 pub mod probe;

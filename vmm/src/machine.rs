@@ -17,7 +17,6 @@ use blixard_vmm_api::{ExitReason, VmConfig};
 use kvm_ioctls::VcpuFd;
 
 use crate::arch::x86_64::cpuid::Template;
-use crate::arch::x86_64::registers::Entry;
 use crate::boot::{self, BootError};
 use crate::bus::Bus;
 use crate::control::Control;
@@ -28,12 +27,14 @@ use crate::devices::serial::Serial;
 use crate::interrupt::Routes;
 use crate::kvm::{KvmError, Vm};
 use crate::mailbox::Mailbox;
+use crate::memory::ram::Ram;
 use crate::memory::{self, MemoryError};
 use crate::pci::{FUNCTIONS_MAX, Function, Root};
 use crate::poll::Poll;
 use crate::sandbox::{self, SandboxError};
+use crate::snapshot::restore::{Restore, RestoreError};
 use crate::times::Times;
-use crate::vcpu::{self, VcpuError, Vcpus};
+use crate::vcpu::{self, Begin, VcpuError, Vcpus};
 use crate::virtio::block::{Block, BlockError};
 use crate::virtio::device::{Device, GuestMemory};
 use crate::virtio::net::{Net, NetError};
@@ -87,6 +88,9 @@ pub enum StartError {
     /// More devices than the bus has places.
     #[error("{0} devices, {FUNCTIONS_MAX} are possible")]
     TooManyDevices(usize),
+    /// A snapshot is refused.
+    #[error(transparent)]
+    Restore(#[from] RestoreError),
     /// A vCPU does not start.
     #[error(transparent)]
     Vcpu(#[from] VcpuError),
@@ -115,6 +119,7 @@ impl StartError {
             | Self::Block { .. }
             | Self::Net { .. }
             | Self::Vsock(_)
+            | Self::Restore(_)
             | Self::TooManyDevices(_) => ExitReason::BadConfig { detail },
             Self::Kvm(_)
             | Self::Memory(_)
@@ -130,14 +135,20 @@ fn set(what: &'static str) -> impl FnOnce(io::Error) -> StartError {
     move |source| StartError::Set { what, source }
 }
 
+/// Where the guest comes from.
+enum Source {
+    Kernel { kernel: File, initramfs: Option<File> },
+    Snapshot(Box<Restore>),
+}
+
 /// A machine without a kernel.
 pub struct Assembled<'a> {
     config: &'a VmConfig,
-    kernel: File,
-    initramfs: Option<File>,
-    template: Template,
+    from: Source,
+    vm: Vm,
+    template: Arc<Template>,
     vcpus: Vec<VcpuFd>,
-    memory: GuestMemory,
+    ram: Ram,
     bus: Arc<Bus>,
     poll: Poll,
     console: Console,
@@ -150,7 +161,8 @@ pub struct Assembled<'a> {
 /// A machine with a kernel in memory.
 pub struct Loaded<'a> {
     assembled: Assembled<'a>,
-    entry: Entry,
+    begin: Begin,
+    guest_ready: bool,
 }
 
 /// A machine whose vCPUs wait to be let go.
@@ -169,9 +181,10 @@ impl<'a> Assembled<'a> {
     /// The configuration is refused or the host lacks something.
     pub fn new(config: &'a VmConfig, mut given: Descriptors, times: Arc<Times>) -> Result<Self, StartError> {
         let vm = Vm::new(given.take(&config.kvm)?)?;
-        let memory = memory::create(config.memory_mib)?;
-        vm.add_memory(&memory)?;
-        let template = vm.cpuid(config.vcpus)?;
+        let from = Source::new(config, &mut given)?;
+        let ram = from.ram(config)?;
+        vm.set_memory(ram.memory(), ram.is_tracked())?;
+        let template = Arc::new(vm.cpuid(config.vcpus)?);
         let vcpus: Result<Vec<VcpuFd>, KvmError> =
             (0..config.vcpus.min(VCPUS_MAX)).map(|index| vm.create_vcpu(index)).collect();
         let vcpus = vcpus?;
@@ -187,19 +200,19 @@ impl<'a> Assembled<'a> {
         };
         let guest = Guest::default();
         let (devices, ask_stop) = devices(config, &mut given, &guest, &times)?;
-        let slots = slots(devices, &vm, &memory, &mailbox)?;
+        let devices = from.in_order(devices)?;
+        let slots = slots(devices, &vm, ram.memory(), &mailbox)?;
         let functions = slots.iter().map(|slot| slot.transport.clone() as Arc<dyn Function>).collect();
         let pci = Arc::new(Root::new(functions));
-        let bus = Arc::new(Bus { serial, ioapic, pci, times, mailbox, boot_timer: config.boot_timer });
-        let kernel = given.take(&config.kernel)?.into();
-        let initramfs = config.initramfs.as_ref().map(|name| given.take(name)).transpose()?.map(File::from);
+        let boot_timer = from.boot_timer(config);
+        let bus = Arc::new(Bus { serial, ioapic, pci, times, mailbox, boot_timer });
         Ok(Self {
             config,
-            kernel,
-            initramfs,
+            from,
+            vm,
             template,
             vcpus,
-            memory,
+            ram,
             bus,
             poll,
             console,
@@ -210,13 +223,61 @@ impl<'a> Assembled<'a> {
         })
     }
 
-    /// Loads kernel, initramfs and boot structures.
+    /// Loads kernel, initramfs and boot structures; or the state of a snapshot.
     ///
     /// # Errors
     /// They are refused or do not fit.
-    pub fn load(self) -> Result<Loaded<'a>, StartError> {
-        let entry = boot::load(&self.memory, self.config, &self.kernel, self.initramfs.as_ref())?;
-        Ok(Loaded { assembled: self, entry })
+    pub fn load(mut self) -> Result<Loaded<'a>, StartError> {
+        let (begin, guest_ready) = match &mut self.from {
+            Source::Kernel { kernel, initramfs } => {
+                let entry = boot::load(self.ram.memory(), self.config, kernel, initramfs.as_ref())?;
+                (Begin::Kernel(self.template.clone(), entry), false)
+            }
+            Source::Snapshot(restore) => {
+                self.template = Arc::new(restore.template(&self.template)?);
+                restore.vcpus(&self.vm, &self.vcpus, &self.template)?;
+                restore.devices(&self.bus, &mut self.slots)?;
+                (Begin::Restored, restore.finish()?)
+            }
+        };
+        Ok(Loaded { assembled: self, begin, guest_ready })
+    }
+}
+
+impl Source {
+    fn new(config: &VmConfig, given: &mut Descriptors) -> Result<Self, StartError> {
+        if let Some(restore) = &config.restore {
+            let (vcpus, memory) = (config.vcpus, config.memory_mib);
+            let opened = Restore::open(restore, given, vcpus, memory, config.memory)?;
+            return Ok(Self::Snapshot(Box::new(opened)));
+        }
+        let kernel = given.take(&config.kernel)?.into();
+        let initramfs = config.initramfs.as_ref().map(|name| given.take(name)).transpose()?.map(File::from);
+        Ok(Self::Kernel { kernel, initramfs })
+    }
+
+    fn ram(&self, config: &VmConfig) -> Result<Ram, StartError> {
+        match self {
+            Self::Kernel { .. } => {
+                let (memory, file) = memory::create_as(config.memory_mib, config.memory)?;
+                Ok(Ram::new(&memory, file, config.memory))
+            }
+            Self::Snapshot(restore) => Ok(restore.memory()?),
+        }
+    }
+
+    fn in_order<T>(&self, devices: Vec<(String, T)>) -> Result<Vec<(String, T)>, StartError> {
+        match self {
+            Self::Kernel { .. } => Ok(devices),
+            Self::Snapshot(restore) => Ok(restore.in_order(devices)?),
+        }
+    }
+
+    fn boot_timer(&self, config: &VmConfig) -> bool {
+        match self {
+            Self::Kernel { .. } => config.boot_timer,
+            Self::Snapshot(restore) => restore.boot_timer(),
+        }
     }
 }
 
@@ -226,25 +287,29 @@ impl Loaded<'_> {
     /// # Errors
     /// The host refuses threads or filters.
     pub fn start(self, log_only: bool) -> Result<Running, StartError> {
-        let Self { assembled, entry } = self;
-        let Assembled { config, template, vcpus, memory, bus, poll, console, control, slots, guest, .. } =
+        let Self { assembled, begin, guest_ready } = self;
+        let Assembled { config, vm, template, vcpus, ram, bus, poll, console, control, slots, guest, .. } =
             assembled;
         let ask_stop = assembled.ask_stop;
         let signals = block_signals().map_err(set("signals"))?;
         vcpu::catch_kicks()?;
-        let vcpus = Vcpus::start(vcpus, template, entry, &bus, log_only)?;
+        let vcpus = Vcpus::start(vcpus, &begin, &bus, log_only)?;
+        guest.restore(guest_ready);
         let parts = Parts {
             vm: config.vm,
             poll,
             console,
             control,
             signals,
+            kvm: vm,
+            template,
             vcpus,
             slots,
-            memory,
+            ram,
             bus,
             guest: guest.clone(),
             ask_stop,
+            restored: config.restore.as_ref().map(|restore| restore.paused),
         };
         let worker = Worker::new(parts).map_err(set("I/O loop"))?;
         sandbox::enter_io(log_only)?;

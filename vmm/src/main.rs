@@ -1,5 +1,6 @@
 //! `blixard-vmm`: one process, one VM. Takes inherited descriptors, builds, boots, enters the sandbox, exits with a reason.
 
+mod client;
 mod front_end;
 mod terminal;
 
@@ -37,6 +38,17 @@ blixard-vmm run --kernel PATH    run a VM on this terminal; all paths are opened
     [--initramfs PATH] [--cmdline TEXT] [--vcpus N] [--memory MIB]
     [--disk PATH[,ro]]... [--tap NAME]... [--vsock PATH,CID] [--rng]
     [--control PATH] [--boot-timer] [--no-stdin] [--log-syscalls]
+    [--track-writes] [--huge-pages] [--thp] [--merge]
+blixard-vmm run --restore STATE,MEMORY [--base STATE,MEMORY]...
+    run a VM from a snapshot, with devices as above; a diff needs the snapshots that it is based on, oldest first
+    [--userfault] [--working-set PATH] [--clock-went-on] [--paused]
+blixard-vmm snapshot CONTROL STATE MEMORY [--diff]
+    write a snapshot of the VM whose control socket is CONTROL
+blixard-vmm fork CONTROL COUNT [OPTIONS]
+    start COUNT children of that VM, with devices as for run; sockets get .0, .1 and so on behind their name
+blixard-vmm working-set CONTROL FILE
+    write which pages the guest used since it was restored with --userfault
+blixard-vmm pause|resume|status|stats|kill CONTROL
 blixard-vmm probe [--json]       tell which guests /dev/kvm of this machine can run
 ";
 
@@ -45,7 +57,12 @@ fn main() -> ExitCode {
     times.note(Moment::ProcessStart);
     let arguments: Vec<String> =
         std::env::args_os().skip(1).map(|a| a.to_string_lossy().into_owned()).collect();
-    let code = match parse(&arguments) {
+    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    if let Some(done) = client::run(&words, &mut io::stdout()) {
+        let problem = |problem| say(&mut io::stderr(), &format!("blixard-vmm: {problem}\n"));
+        return done.map_or_else(|p| (problem(p), ExitCode::FAILURE).1, |()| ExitCode::SUCCESS);
+    }
+    let code = match parse(&words) {
         Ok(Command::Config(fd)) => {
             name_process();
             finish(None, run_config(fd, times))
@@ -70,9 +87,8 @@ fn name_process() {
     unsafe { libc::prctl(libc::PR_SET_NAME, c"blixard-vmm".as_ptr()) };
 }
 
-fn parse(arguments: &[String]) -> Result<Command, String> {
-    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
-    match words.as_slice() {
+fn parse(words: &[&str]) -> Result<Command, String> {
+    match words {
         ["--config-fd", number] => match number.parse::<RawFd>() {
             Ok(fd) if fd > 2 => Ok(Command::Config(fd)),
             _ => Err(format!("--config-fd: {number} is no inherited descriptor")),

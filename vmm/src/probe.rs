@@ -129,7 +129,7 @@ fn run_guest(kvm: OwnedFd, code: &[u8], user_mode: bool) -> Result<(), String> {
     let text = |error: &dyn std::error::Error| crate::chain(error);
     let vm = Vm::new(kvm).map_err(|e| text(&e))?;
     let memory = memory::create(16).map_err(|e| text(&e))?;
-    vm.add_memory(&memory).map_err(|e| text(&e))?;
+    vm.set_memory(&memory, false).map_err(|e| text(&e))?;
     let template = vm.cpuid(1).map_err(|e| text(&e))?;
     let mut vcpu = vm.create_vcpu(0).map_err(|e| text(&e))?;
     let entry = Entry::Linux64 { address: CODE };

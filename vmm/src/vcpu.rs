@@ -10,7 +10,7 @@ use std::io;
 use std::os::unix::thread::JoinHandleExt;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use blixard_vmm_api::ExitReason;
@@ -19,6 +19,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use crate::arch::x86_64::cpuid::Template;
 use crate::arch::x86_64::registers::{self, Entry};
+use crate::arch::x86_64::vcpu_state::{HostState, VcpuState, VcpuStateError};
 use crate::bus::Bus;
 use crate::mailbox::Message;
 use crate::sandbox::{self, SandboxError};
@@ -62,6 +63,18 @@ pub enum VcpuError {
         #[source]
         source: SandboxError,
     },
+    /// Its state cannot be read.
+    #[error("vCPU {index}")]
+    Snapshot {
+        /// Which vCPU.
+        index: u8,
+        /// What went wrong.
+        #[source]
+        source: VcpuStateError,
+    },
+    /// The VM is about to end.
+    #[error("a vCPU has ended")]
+    Ended,
     /// The signal that stops vCPUs cannot be caught.
     #[error("signal handler")]
     Signal(#[source] io::Error),
@@ -102,13 +115,21 @@ pub fn catch_kicks() -> Result<(), VcpuError> {
     }
 }
 
+/// A state that was asked for, by index of its vCPU.
+type Saved = Result<VcpuState, VcpuError>;
+
 #[derive(Default)]
 struct Parked {
     hold: bool,
     waiting: usize,
+    /// Threads that have ended.
+    ended: usize,
+    /// How often states were asked for, and what is needed to read them.
+    asked: (u64, Option<Arc<HostState>>),
+    saved: Vec<(u8, Saved)>,
 }
 
-/// Holds all vCPUs, or lets them run. At the beginning they are held.
+/// Holds all vCPUs, or lets them run. At the beginning they are held. Held threads read their state when they are asked.
 pub struct Gate {
     /// Copy of `Parked::hold` that is cheap to look at.
     hold: AtomicBool,
@@ -118,45 +139,112 @@ pub struct Gate {
 
 impl Gate {
     fn new() -> Self {
-        let parked = Mutex::new(Parked { hold: true, waiting: 0 });
+        let parked = Mutex::new(Parked { hold: true, ..Parked::default() });
         Self { hold: AtomicBool::new(true), parked, changed: Condvar::new() }
     }
 
+    fn lock(&self) -> MutexGuard<'_, Parked> {
+        self.parked.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait<'a>(&self, parked: MutexGuard<'a, Parked>) -> MutexGuard<'a, Parked> {
+        self.changed.wait(parked).unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn set(&self, hold: bool) {
-        let mut parked = self.parked.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut parked = self.lock();
         parked.hold = hold;
         self.hold.store(hold, Ordering::SeqCst);
         drop(parked);
         self.changed.notify_all();
     }
 
-    /// What a vCPU thread does while held.
-    fn pass(&self) {
-        if !self.hold.load(Ordering::SeqCst) {
-            return;
-        }
-        let mut parked = self.parked.lock().unwrap_or_else(PoisonError::into_inner);
+    fn is_held(&self) -> bool {
+        self.hold.load(Ordering::SeqCst)
+    }
+
+    /// What thread `index` does while held; `save` reads its state.
+    fn park(&self, index: u8, save: &dyn Fn(&HostState) -> Saved) {
+        let mut parked = self.lock();
+        let mut answered = parked.asked.0;
         parked.waiting += 1;
         self.changed.notify_all();
         while parked.hold {
-            parked = self.changed.wait(parked).unwrap_or_else(PoisonError::into_inner);
+            match &parked.asked {
+                (number, Some(host)) if *number != answered => {
+                    answered = *number;
+                    let host = host.clone();
+                    drop(parked);
+                    let state = save(&host);
+                    parked = self.lock();
+                    parked.saved.push((index, state));
+                    self.changed.notify_all();
+                }
+                _ => parked = self.wait(parked),
+            }
         }
         parked.waiting -= 1;
     }
 
     /// Waits until `count` threads are held.
     fn wait_for(&self, count: usize) {
-        let mut parked = self.parked.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut parked = self.lock();
         while parked.waiting < count {
-            parked = self.changed.wait(parked).unwrap_or_else(PoisonError::into_inner);
+            parked = self.wait(parked);
         }
     }
+
+    /// The states of `count` held vCPUs, in order.
+    fn save(&self, count: usize, host: HostState) -> Result<Vec<VcpuState>, VcpuError> {
+        let mut parked = self.lock();
+        parked.saved.clear();
+        parked.asked = (parked.asked.0 + 1, Some(Arc::new(host)));
+        self.changed.notify_all();
+        while parked.saved.len() + parked.ended < count {
+            parked = self.wait(parked);
+        }
+        if parked.ended > 0 {
+            return Err(VcpuError::Ended);
+        }
+        let mut saved = std::mem::take(&mut parked.saved);
+        drop(parked);
+        saved.sort_by_key(|(index, _)| *index);
+        saved.into_iter().map(|(_, state)| state).collect()
+    }
+
+    fn park_for_ever(&self) -> ! {
+        let mut parked = self.lock();
+        parked.waiting += 1;
+        parked.ended += 1;
+        self.changed.notify_all();
+        loop {
+            parked = self.wait(parked);
+        }
+    }
+}
+
+/// What a vCPU begins with.
+#[derive(Clone)]
+pub enum Begin {
+    /// The entry into a kernel.
+    Kernel(Arc<Template>, Entry),
+    /// A state that it already has.
+    Restored,
 }
 
 /// All vCPU threads of the VM.
 pub struct Vcpus {
     gate: Arc<Gate>,
     threads: Vec<JoinHandle<()>>,
+}
+
+/// How an exit ends the VM.
+enum End {
+    Reason(ExitReason),
+    /// What the guest did.
+    Fault(String),
+    /// `KVM_RUN` failed.
+    Run(kvm_ioctls::Error),
 }
 
 /// What a vCPU thread is made of.
@@ -172,22 +260,15 @@ impl Vcpus {
     ///
     /// # Errors
     /// A thread cannot be made. What goes wrong inside it arrives as [`Message::Exit`].
-    pub fn start(
-        fds: Vec<VcpuFd>,
-        template: Template,
-        entry: Entry,
-        bus: &Arc<Bus>,
-        log_only: bool,
-    ) -> Result<Self, VcpuError> {
+    pub fn start(fds: Vec<VcpuFd>, begin: &Begin, bus: &Arc<Bus>, log_only: bool) -> Result<Self, VcpuError> {
         let gate = Arc::new(Gate::new());
-        let template = Arc::new(template);
         let mut threads = Vec::with_capacity(fds.len());
         for (index, fd) in (0..).zip(fds) {
             let mut vcpu = Vcpu { fd, index, bus: bus.clone(), gate: gate.clone() };
-            let template = template.clone();
+            let begin = begin.clone();
             let body = move || {
-                let ready = vcpu.set_up(&template, entry).and_then(|()| {
-                    drop(template);
+                let ready = vcpu.set_up(&begin).and_then(|()| {
+                    drop(begin);
                     let filtered = sandbox::enter_vcpu(log_only);
                     filtered.map_err(|source| VcpuError::Sandbox { index, source })
                 });
@@ -219,21 +300,26 @@ impl Vcpus {
         }
         self.gate.wait_for(self.threads.len());
     }
-}
 
-impl Gate {
-    fn park_for_ever(&self) -> ! {
-        let mut parked = self.parked.lock().unwrap_or_else(PoisonError::into_inner);
-        parked.waiting += 1;
-        self.changed.notify_all();
-        loop {
-            parked = self.changed.wait(parked).unwrap_or_else(PoisonError::into_inner);
-        }
+    /// The states of all vCPUs, which are paused.
+    ///
+    /// # Errors
+    /// The kernel refuses, or a vCPU has ended.
+    pub fn save(&self, host: HostState) -> Result<Vec<VcpuState>, VcpuError> {
+        self.gate.save(self.threads.len(), host)
     }
 }
 
 impl Vcpu {
-    fn set_up(&mut self, template: &Template, entry: Entry) -> Result<(), VcpuError> {
+    fn set_up(&mut self, begin: &Begin) -> Result<(), VcpuError> {
+        if let Begin::Kernel(template, entry) = begin {
+            self.enter(template, *entry)?;
+        }
+        IMMEDIATE_EXIT.set(&raw mut self.fd.get_kvm_run().immediate_exit);
+        Ok(())
+    }
+
+    fn enter(&self, template: &Template, entry: Entry) -> Result<(), VcpuError> {
         let index = self.index;
         let failed = |call| move |source| VcpuError::State { index, call, source };
         let list = |_| VcpuError::List(index);
@@ -243,7 +329,6 @@ impl Vcpu {
             self.fd.set_sregs(&registers::special(entry)).map_err(failed("KVM_SET_SREGS"))?;
             self.fd.set_regs(&registers::general(entry)).map_err(failed("KVM_SET_REGS"))?;
         }
-        IMMEDIATE_EXIT.set(&raw mut self.fd.get_kvm_run().immediate_exit);
         Ok(())
     }
 
@@ -255,40 +340,91 @@ impl Vcpu {
     }
 
     fn run_until_end(&mut self) -> ExitReason {
-        self.gate.pass();
+        self.park();
         if self.index == 0 {
             self.bus.times.note(Moment::VcpuStart);
         }
         loop {
             self.fd.set_kvm_immediate_exit(0);
-            self.gate.pass();
+            if self.gate.is_held() {
+                if let Some(reason) = self.complete() {
+                    return reason;
+                }
+                self.park();
+                // The guest's watchdogs shall not take the pause for a lock-up. A guest without kvmclock has none to be told.
+                let _ = self.fd.kvmclock_ctrl();
+                continue;
+            }
+            if let Some(reason) = self.step() {
+                return reason;
+            }
+        }
+    }
+
+    fn park(&self) {
+        let index = self.index;
+        let save = |host: &HostState| {
+            VcpuState::get(&self.fd, host).map_err(|source| VcpuError::Snapshot { index, source })
+        };
+        self.gate.park(index, &save);
+    }
+
+    /// Completes the last exit without running the guest: what it read from a device is in its registers only after the next
+    /// entry. The reason when that ends the VM.
+    fn complete(&mut self) -> Option<ExitReason> {
+        loop {
+            self.fd.set_kvm_immediate_exit(1);
             match self.fd.run() {
-                Ok(VcpuExit::IoOut(port, data)) => {
-                    if let Some(reason) = self.bus.port_write(port, data) {
-                        return reason;
+                Err(error) if error.errno() == libc::EINTR => return None,
+                result => {
+                    // An access over a page border has a second part.
+                    if let Some(reason) = Self::handle(&self.bus, result) {
+                        return Some(self.ended(reason));
                     }
                 }
-                Ok(VcpuExit::IoIn(port, data)) => self.bus.port_read(port, data),
-                Ok(VcpuExit::MmioRead(address, data)) => self.bus.memory_read(address, data),
-                Ok(VcpuExit::MmioWrite(address, data)) => self.bus.memory_write(address, data),
-                Ok(VcpuExit::Intr | VcpuExit::IoapicEoi(_) | VcpuExit::IrqWindowOpen | VcpuExit::Hlt) => {}
-                Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _)) => return ExitReason::PowerOff,
-                Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _)) => return ExitReason::Reset,
-                Ok(VcpuExit::Shutdown) => return self.fault("triple fault"),
-                Ok(VcpuExit::InternalError) => return self.fault("KVM cannot emulate an instruction"),
-                Ok(VcpuExit::FailEntry(reason, _)) => {
-                    return self.fault(&format!("the processor refuses its state ({reason:#x})"));
-                }
-                Ok(other) => {
-                    let what = format!("unexpected exit {other:?}");
-                    return self.fault(&what);
-                }
-                Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {}
-                Err(error) => {
-                    return ExitReason::Internal {
-                        detail: format!("KVM_RUN of vCPU {}: {error}", self.index),
-                    };
-                }
+            }
+        }
+    }
+
+    /// Runs the guest until its next exit; the reason when that ends the VM.
+    fn step(&mut self) -> Option<ExitReason> {
+        let result = self.fd.run();
+        Self::handle(&self.bus, result).map(|end| self.ended(end))
+    }
+
+    fn handle(bus: &Bus, result: Result<VcpuExit<'_>, kvm_ioctls::Error>) -> Option<End> {
+        match result {
+            Ok(VcpuExit::IoOut(port, data)) => return bus.port_write(port, data).map(End::Reason),
+            Ok(VcpuExit::IoIn(port, data)) => bus.port_read(port, data),
+            Ok(VcpuExit::MmioRead(address, data)) => bus.memory_read(address, data),
+            Ok(VcpuExit::MmioWrite(address, data)) => bus.memory_write(address, data),
+            Ok(VcpuExit::Intr | VcpuExit::IoapicEoi(_) | VcpuExit::IrqWindowOpen | VcpuExit::Hlt) => {}
+            Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _)) => {
+                return Some(End::Reason(ExitReason::PowerOff));
+            }
+            Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _)) => {
+                return Some(End::Reason(ExitReason::Reset));
+            }
+            Ok(VcpuExit::Shutdown) => return Some(End::Fault("triple fault".into())),
+            Ok(VcpuExit::InternalError) => {
+                return Some(End::Fault("KVM cannot emulate an instruction".into()));
+            }
+            Ok(VcpuExit::FailEntry(reason, _)) => {
+                return Some(End::Fault(format!("the processor refuses its state ({reason:#x})")));
+            }
+            Ok(other) => return Some(End::Fault(format!("unexpected exit {other:?}"))),
+            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {}
+            Err(error) => return Some(End::Run(error)),
+        }
+        None
+    }
+
+    fn ended(&self, end: End) -> ExitReason {
+        match end {
+            End::Reason(reason) => reason,
+            End::Fault(what) => self.fault(&what),
+            End::Run(error) => {
+                ExitReason::Internal { detail: format!("KVM_RUN of vCPU {}: {error}", self.index) }
             }
         }
     }

@@ -9,15 +9,20 @@ use blixard_vmm_api::control::{Event, FromVmm, Phase, Reply, Request, Status};
 use blixard_vmm_api::guest::{LinkRecord, WorkloadExit};
 use blixard_vmm_api::{ExitReason, VmId};
 
+use crate::arch::x86_64::cpuid::Template;
 use crate::bus::Bus;
-use crate::control::{Answer, Control};
+use crate::control::{Answer, Answered, Control};
 use crate::devices::console::Console;
+use crate::kvm::Vm;
 use crate::mailbox::Message;
+use crate::memory::ram::Ram;
 use crate::poll::{DeviceWatch, Owner, Poll};
 use crate::times::{Moment, Times};
 use crate::vcpu::Vcpus;
-use crate::virtio::device::{Activation, Device, GuestMemory};
+use crate::virtio::device::{Activation, Device};
 use crate::virtio::transport::Transport;
+
+mod at_rest;
 
 const IN: u32 = libc::EPOLLIN.cast_unsigned();
 
@@ -58,6 +63,11 @@ impl Guest {
         });
     }
 
+    /// What a snapshot knew of the guest.
+    pub fn restore(&self, ready: bool) {
+        self.with(|news| news.ready = ready);
+    }
+
     /// How the workload ended, and what init says went wrong.
     pub fn outcome(&self) -> (Option<WorkloadExit>, Option<String>) {
         self.with(|news| (news.workload, news.problem.clone()))
@@ -83,16 +93,16 @@ pub struct Slot {
 struct Machine {
     vm: VmId,
     phase: Phase,
+    kvm: Vm,
+    template: Arc<Template>,
     vcpus: Vcpus,
     slots: Vec<Slot>,
-    memory: GuestMemory,
+    ram: Ram,
     bus: Arc<Bus>,
     guest: Guest,
     ask_stop: Option<AskStop>,
     exit: Option<ExitReason>,
     console_counters: Vec<(&'static str, u64)>,
-    /// Devices were told of this phase.
-    told: Phase,
     changed: bool,
 }
 
@@ -102,6 +112,7 @@ pub struct Worker {
     console: Console,
     control: Option<Control>,
     signals: OwnedFd,
+    restored: Option<bool>,
     machine: Machine,
 }
 
@@ -117,18 +128,24 @@ pub struct Parts {
     pub control: Option<Control>,
     /// A signalfd: any signal ends the VM.
     pub signals: OwnedFd,
+    /// The VM in the kernel.
+    pub kvm: Vm,
+    /// What vCPUs are promised.
+    pub template: Arc<Template>,
     /// vCPU threads, held.
     pub vcpus: Vcpus,
     /// Devices.
     pub slots: Vec<Slot>,
     /// Guest memory.
-    pub memory: GuestMemory,
+    pub ram: Ram,
     /// What vCPUs reach.
     pub bus: Arc<Bus>,
     /// The guest's news.
     pub guest: Guest,
     /// Asks the guest to stop, when there is a way.
     pub ask_stop: Option<AskStop>,
+    /// The VM comes from a snapshot; true when it is paused at first.
+    pub restored: Option<bool>,
 }
 
 impl Worker {
@@ -137,30 +154,35 @@ impl Worker {
     /// # Errors
     /// Something cannot be watched.
     pub fn new(parts: Parts) -> io::Result<Self> {
-        let Parts { vm, mut poll, console, control, signals, vcpus, slots, memory, bus, guest, ask_stop } =
-            parts;
+        let Parts { vm, mut poll, console, control, signals, restored, .. } = parts;
+        let Parts { kvm, template, vcpus, slots, ram, bus, guest, ask_stop, .. } = parts;
         poll.add(Owner::Mailbox, bus.mailbox.as_raw_fd(), IN, 0)?;
         poll.add(Owner::Signals, signals.as_raw_fd(), IN, 0)?;
         let machine = Machine {
             vm,
             phase: Phase::Running,
+            kvm,
+            template,
             vcpus,
             slots,
-            memory,
+            ram,
             bus,
             guest,
             ask_stop,
             exit: None,
             console_counters: vec![],
-            told: Phase::Running,
             changed: false,
         };
-        Ok(Self { poll, console, control, signals, machine })
+        Ok(Self { poll, console, control, signals, restored, machine })
     }
 
     /// Lets the guest run and serves it until it ends.
     pub fn run(&mut self) -> ExitReason {
-        self.machine.vcpus.resume();
+        if let Some(paused) = self.restored {
+            self.machine.wake(&mut self.poll, paused);
+        } else {
+            self.machine.vcpus.resume();
+        }
         let mut ready = vec![];
         let reason = loop {
             if let Some(reason) = self.machine.exit.take() {
@@ -208,7 +230,6 @@ impl Worker {
                 if let Some(control) = control {
                     machine.console_counters = console.counters().to_vec();
                     control.on_event(token, poll, machine);
-                    machine.tell_phase(poll);
                 }
             }
             Owner::Device(index) => {
@@ -265,7 +286,7 @@ impl Machine {
         }
         slot.active = true;
         let activation = Activation {
-            memory: self.memory.clone(),
+            memory: self.ram.memory().clone(),
             features: ready.features,
             queues: ready.queues,
             interrupt: slot.transport.clone(),
@@ -282,20 +303,6 @@ impl Machine {
             poll.remove(fd);
         }
         slot.transport.confirm_reset();
-    }
-
-    /// Devices start nothing new while the VM is paused.
-    fn tell_phase(&mut self, poll: &mut Poll) {
-        if self.told == self.phase {
-            return;
-        }
-        self.told = self.phase;
-        for (index, slot) in self.slots.iter_mut().enumerate() {
-            slot.device.on_pause(self.phase == Phase::Paused, &mut DeviceWatch { poll, device: index });
-        }
-        if self.phase == Phase::Running {
-            self.vcpus.resume();
-        }
     }
 
     fn status(&self) -> Status {
@@ -319,26 +326,18 @@ impl Machine {
         stats.extend(self.console_counters.iter().map(|(n, v)| (format!("console.{n}"), *v)));
         stats
     }
-
-    fn set_phase(&mut self, phase: Phase) {
-        self.changed |= self.phase != phase;
-        self.phase = phase;
-    }
 }
 
 impl Answer for Machine {
-    fn answer(&mut self, request: &Request) -> Reply {
-        match request {
+    fn answer(&mut self, request: &Request, given: Vec<OwnedFd>, poll: &mut Poll) -> Answered {
+        let reply = match request {
             Request::Status | Request::Subscribe => Reply::Status(self.status()),
             Request::Pause => {
-                if self.phase == Phase::Running {
-                    self.vcpus.pause();
-                }
-                self.set_phase(Phase::Paused);
+                self.pause(poll);
                 Reply::Done
             }
             Request::Resume => {
-                self.set_phase(Phase::Running);
+                self.resume(poll);
                 Reply::Done
             }
             Request::Stop => match &self.ask_stop {
@@ -353,6 +352,10 @@ impl Answer for Machine {
                 Reply::Done
             }
             Request::Stats => Reply::Stats(self.stats()),
-        }
+            Request::Snapshot(kind) => return self.snapshot(*kind, given, poll),
+            Request::Fork => return self.fork(poll),
+            Request::WorkingSet => return self.working_set(given),
+        };
+        (reply, vec![])
     }
 }

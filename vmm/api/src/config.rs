@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::guest::GuestConfig;
 use crate::id::VmId;
+use crate::snapshot::{MemoryConfig, RestoreConfig};
 
 /// Most vCPUs of one VM.
 pub const VCPUS_MAX: u8 = 32;
@@ -43,7 +44,8 @@ pub struct VmConfig {
     pub memory_mib: u32,
     /// Descriptor of `/dev/kvm`.
     pub kvm: DescriptorName,
-    /// Kernel: bzImage or ELF vmlinux.
+    /// Kernel: bzImage or ELF vmlinux. Empty for a VM that is restored.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
     pub kernel: DescriptorName,
     /// Initial RAM file system, if any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -78,6 +80,12 @@ pub struct VmConfig {
     /// Offer the one-byte boot timer at guest address 0xC000_0000 (the guest writes 123 when it has booted).
     #[serde(default)]
     pub boot_timer: bool,
+    /// Where guest memory comes from.
+    #[serde(default)]
+    pub memory: MemoryConfig,
+    /// Go on from this snapshot instead of booting. vCPUs, memory and devices have to be those of the snapshot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub restore: Option<RestoreConfig>,
     /// Descriptor numbers by name. Each name is used exactly once above.
     pub descriptors: BTreeMap<DescriptorName, i32>,
 }
@@ -245,7 +253,15 @@ impl VmConfig {
         }
         if let Some(guest) = &self.guest {
             guest.validate()?;
-            check(self.initramfs.is_some(), "guest", || "needs an initramfs that holds blixard-init".into())?;
+            let initramfs = self.initramfs.is_some() || self.restore.is_some();
+            check(initramfs, "guest", || "needs an initramfs that holds blixard-init".into())?;
+        }
+        if let Some(restore) = &self.restore {
+            restore.validate()?;
+            let booted = self.initramfs.is_some() || !self.kernel.is_empty();
+            check(!booted, "restore", || {
+                "kernel and initramfs are not read for a VM that is restored".into()
+            })?;
         }
         self.validate_descriptors()
     }
@@ -276,8 +292,11 @@ impl VmConfig {
 
     /// Each use of a descriptor: the field that uses it and the name.
     pub fn descriptor_uses(&self) -> Vec<(String, &str)> {
-        let mut uses =
-            vec![("kvm".to_owned(), self.kvm.as_str()), ("kernel".to_owned(), self.kernel.as_str())];
+        let mut uses = vec![("kvm".to_owned(), self.kvm.as_str())];
+        match &self.restore {
+            Some(restore) => uses.extend(restore.descriptor_uses()),
+            None => uses.push(("kernel".to_owned(), &self.kernel)),
+        }
         let optional = [
             ("initramfs", &self.initramfs),
             ("control", &self.control),
@@ -331,6 +350,8 @@ mod tests {
             control: None,
             exit_record: None,
             boot_timer: false,
+            memory: MemoryConfig::default(),
+            restore: None,
             descriptors: [("kvm".into(), 3), ("kernel".into(), 4), ("disk-root".into(), 5)].into(),
         }
     }

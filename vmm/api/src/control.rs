@@ -2,7 +2,8 @@
 //!
 //! One request or event is one JSON SEQPACKET datagram of at most [`MESSAGE_BYTES_MAX`] bytes on a connection to the
 //! control socket. Each request gets exactly one [`Reply`] on its connection, in order. After [`Request::Subscribe`] the
-//! connection also carries [`Event`]s. Any number of clients may come and go; the VM does not notice.
+//! connection also carries [`Event`]s. Some messages have descriptors beside them, at most
+//! [`crate::snapshot::DESCRIPTORS_MAX`]. Any number of clients may come and go; the VM does not notice.
 //!
 //! A running VM outlives agents of newer versions: fields are only added, with a default, and a reader ignores
 //! fields that it does not know.
@@ -12,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::exit::ExitReason;
 use crate::guest::WorkloadExit;
 use crate::id::VmId;
+use crate::snapshot::{SnapshotKind, SnapshotMade};
 
 /// Longest message in bytes, either way.
 pub const MESSAGE_BYTES_MAX: usize = 64 << 10;
@@ -34,6 +36,18 @@ pub enum Request {
     Kill,
     /// Answers [`Reply::Stats`].
     Stats,
+    /// Writes a snapshot to the two files that are passed beside the request (`SCM_RIGHTS`): state, then memory; both regular
+    /// files open for writing, whose content is replaced. Answers [`Reply::Snapshot`]. A running VM is paused for it and
+    /// goes on; one that is paused stays so: between [`Request::Pause`], whose answer says that all I/O is at rest, and
+    /// this request is the place for snapshots of its disks.
+    Snapshot(SnapshotKind),
+    /// Freezes memory as it is for any number of children, which share it with this VM until one of them writes. Answers
+    /// [`Reply::Forked`], with descriptors beside it: state and memory of the fork, then state and memory of what it is
+    /// based on. They are used as the files of a snapshot. Pauses as [`Request::Snapshot`] does.
+    Fork,
+    /// Writes the working set to the file that is passed beside the request: the pages that were used since a restore with
+    /// [`crate::snapshot::Paging::Userfault`].
+    WorkingSet,
 }
 
 /// The answer to a request.
@@ -46,6 +60,10 @@ pub enum Reply {
     Status(Status),
     /// Counters by name, for example `blk.root.read_bytes`; they only grow during the life of the process.
     Stats(std::collections::BTreeMap<String, u64>),
+    /// The snapshot is written.
+    Snapshot(SnapshotMade),
+    /// Memory is frozen; descriptors come with the message.
+    Forked(SnapshotMade),
     /// Not done, and why.
     Refused {
         /// What was wrong with the request or the moment.

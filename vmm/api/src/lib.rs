@@ -12,6 +12,7 @@ pub mod control;
 pub mod exit;
 pub mod guest;
 pub mod id;
+pub mod snapshot;
 
 pub use config::VmConfig;
 pub use exit::ExitReason;

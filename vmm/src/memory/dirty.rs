@@ -20,6 +20,13 @@ pub struct DirtySlice<'a> {
     offset: usize,
 }
 
+impl<'a> DirtySlice<'a> {
+    /// The map that this is a part of.
+    pub fn map(&self) -> &'a DirtyMap {
+        self.map
+    }
+}
+
 impl DirtyMap {
     /// Begins to note what is written to a region of `length` bytes.
     pub fn track(&self, length: usize) {

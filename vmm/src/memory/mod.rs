@@ -1,20 +1,25 @@
-//! Guest memory: one memfd, mapped as one region below 3 GiB and one above 4 GiB.
+//! Guest memory: one file, mapped as one region below 3 GiB and one above 4 GiB.
 //!
 //! Nothing is touched or allocated in proportion to its size; pages appear when somebody writes to them.
 
 pub mod dirty;
+pub mod pages;
+pub mod ram;
+pub mod sparse;
 
 use std::ffi::CStr;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
+use std::sync::Arc;
 
+use blixard_vmm_api::snapshot::MemoryConfig;
+use vm_memory::bitmap::Bitmap;
 use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap, GuestRegionMmap,
     MmapRegion,
 };
 
-use self::dirty::DirtyMap;
 use crate::layout::{HIGH_RAM_START, LOW_RAM, MIB};
 use crate::virtio::device::GuestMemory;
 
@@ -38,7 +43,7 @@ pub enum MemoryError {
     #[error("map {mib} MiB of guest memory")]
     Map {
         /// Size, in MiB.
-        mib: u32,
+        mib: u64,
         /// The system's answer.
         #[source]
         source: vm_memory::mmap::MmapRegionError,
@@ -65,47 +70,89 @@ pub enum LoadError {
     },
 }
 
-/// Makes `mib` MiB of guest memory.
+/// Makes `mib` MiB of guest memory from a file of its own.
 ///
 /// # Errors
 /// It is more than the host has, or the system refuses.
 pub fn create(mib: u32) -> Result<GuestMemory, MemoryError> {
+    create_as(mib, MemoryConfig::default()).map(|(memory, _)| memory)
+}
+
+/// Makes `mib` MiB of guest memory, and the file that it is mapped from, if any.
+///
+/// # Errors
+/// It is more than the host has, or the system refuses.
+pub fn create_as(mib: u32, options: MemoryConfig) -> Result<(GuestMemory, Option<Arc<File>>), MemoryError> {
     let host = host_memory().map_err(MemoryError::Create)? / MIB;
     if u64::from(mib) > host {
         return Err(MemoryError::MoreThanHost { asked: mib, host });
     }
     let size = u64::from(mib) * MIB;
-    let file = memory_file(size).map_err(MemoryError::Create)?;
+    if options.merge {
+        // KSM merges pages of private mappings only.
+        let memory = map(None, size, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS)?;
+        advise(&memory, options);
+        return Ok((memory, None));
+    }
+    let file = Arc::new(memory_file(size, options.huge_pages).map_err(MemoryError::Create)?);
+    let memory = map(Some(&file), size, libc::MAP_SHARED)?;
+    advise(&memory, options);
+    Ok((memory, Some(file)))
+}
+
+/// Maps `file`, which has the size of a memory, so that what is written stays out of it.
+///
+/// # Errors
+/// The system refuses.
+pub fn map_private(file: &Arc<File>, size: u64, options: MemoryConfig) -> Result<GuestMemory, MemoryError> {
+    let memory = map(Some(file), size, libc::MAP_PRIVATE)?;
+    advise(&memory, options);
+    Ok(memory)
+}
+
+/// Maps nothing: pages come from whoever fills them in.
+///
+/// # Errors
+/// The system refuses.
+pub fn map_empty(size: u64) -> Result<GuestMemory, MemoryError> {
+    map(None, size, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS)
+}
+
+fn map(file: Option<&Arc<File>>, size: u64, flags: libc::c_int) -> Result<GuestMemory, MemoryError> {
     let low = size.min(LOW_RAM.size);
-    let mut regions = vec![region(FileOffset::new(file, 0), low, LOW_RAM.start, mib)?];
+    let region = |offset: u64, length: u64, start: u64| {
+        let bytes = usize::try_from(length).map_err(|e| MemoryError::Create(io::Error::other(e)))?;
+        let file = file.map(|file| FileOffset::from_arc(file.clone(), offset));
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        let mapping = MmapRegion::build(file, bytes, protection, flags | libc::MAP_NORESERVE)
+            .map_err(|source| MemoryError::Map { mib: size / MIB, source })?;
+        GuestRegionMmap::new(mapping, GuestAddress(start))
+            .ok_or_else(|| MemoryError::Create(io::Error::other("guest address overflows")))
+    };
+    let mut regions = vec![region(0, low, LOW_RAM.start)?];
     if size > low {
-        let file = regions.first().and_then(|r| r.get_mmap().file_offset().map(|f| f.arc().clone()));
-        let file = file.ok_or_else(|| MemoryError::Create(io::Error::other("no memory file")))?;
-        regions.push(region(FileOffset::from_arc(file, low), size - low, HIGH_RAM_START, mib)?);
+        regions.push(region(low, size - low, HIGH_RAM_START)?);
     }
     GuestMemoryMmap::from_regions(regions).map_err(MemoryError::Arrange)
 }
 
-fn region(
-    file: FileOffset,
-    size: u64,
-    start: u64,
-    mib: u32,
-) -> Result<GuestRegionMmap<DirtyMap>, MemoryError> {
-    let length = usize::try_from(size).map_err(|e| MemoryError::Create(io::Error::other(e)))?;
-    let mapping = MmapRegion::from_file(file, length).map_err(|source| MemoryError::Map { mib, source })?;
-    GuestRegionMmap::new(mapping, GuestAddress(start))
-        .ok_or_else(|| MemoryError::Create(io::Error::other("guest address overflows")))
+/// Tells the kernel what it may do with the pages. A host without the feature does nothing.
+pub(crate) fn advise(memory: &GuestMemory, options: MemoryConfig) {
+    let wanted =
+        [(options.transparent_huge_pages, libc::MADV_HUGEPAGE), (options.merge, libc::MADV_MERGEABLE)];
+    for (_, advice) in wanted.into_iter().filter(|(wanted, _)| *wanted) {
+        for region in memory.iter() {
+            let mapping = region.get_mmap();
+            // SAFETY: the range is a mapping of ours; these advices change nothing that can be seen in it.
+            unsafe { libc::madvise(mapping.as_ptr().cast(), mapping.size(), advice) };
+        }
+    }
 }
 
-fn memory_file(size: u64) -> io::Result<File> {
-    // SAFETY: the name is a NUL-terminated string; the call has no other precondition.
-    let fd = unsafe { libc::memfd_create(NAME.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: `fd` was just made and nobody else owns it.
-    let file = unsafe { File::from_raw_fd(fd) };
+/// A file of `size` bytes in memory whose size cannot be changed.
+pub(crate) fn memory_file(size: u64, huge_pages: bool) -> io::Result<File> {
+    let huge = if huge_pages { libc::MFD_HUGETLB | libc::MFD_HUGE_2MB } else { 0 };
+    let file = memfd(NAME, libc::MFD_ALLOW_SEALING | huge)?;
     file.set_len(size)?;
     // Without this a holder of the descriptor could shrink the file and so kill the VMM by SIGBUS.
     let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW;
@@ -114,6 +161,30 @@ fn memory_file(size: u64) -> io::Result<File> {
         0 => Ok(file),
         _ => Err(io::Error::last_os_error()),
     }
+}
+
+/// Makes a file in memory what it is for ever. Nobody has it mapped for writing.
+pub(crate) fn seal(file: &File) -> io::Result<()> {
+    let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_WRITE | libc::F_SEAL_SEAL;
+    // SAFETY: an fcntl on a descriptor that we own, with an integer argument.
+    match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// An empty file in memory.
+///
+/// # Errors
+/// The system's answer.
+pub fn memfd(name: &CStr, flags: libc::c_uint) -> io::Result<File> {
+    // SAFETY: the name is a NUL-terminated string; the call has no other precondition.
+    let fd = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | flags) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: `fd` was just made and nobody else owns it.
+    Ok(unsafe { File::from_raw_fd(fd) })
 }
 
 fn host_memory() -> io::Result<u64> {
@@ -140,6 +211,7 @@ pub fn read_file(
     length: usize,
 ) -> Result<(), LoadError> {
     let slice = memory.get_slice(GuestAddress(to), length).map_err(LoadError::Address)?;
+    slice.bitmap().mark_dirty(0, length);
     let guard = slice.ptr_guard_mut();
     let mut done = 0;
     while done < length {

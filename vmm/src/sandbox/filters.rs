@@ -38,6 +38,23 @@ const KVM_SET_GSI_ROUTING: u64 = 0x4008_AE6A;
 const KVM_IRQFD: u64 = 0x4020_AE76;
 const KVM_IOEVENTFD: u64 = 0x4040_AE79;
 const KVM_SIGNAL_MSI: u64 = 0x4020_AEA5;
+const KVM_CHECK_EXTENSION: u64 = 0xAE03;
+const KVM_GET_MSR_INDEX_LIST: u64 = 0xC004_AE02;
+const KVM_GET_CLOCK: u64 = 0x8030_AE7C;
+const KVM_GET_DIRTY_LOG: u64 = 0x4010_AE42;
+const KVM_SET_USER_MEMORY_REGION: u64 = 0x4020_AE46;
+const KVM_GET_SREGS: u64 = 0x8138_AE83;
+const KVM_GET_XSAVE: u64 = 0x9000_AEA4;
+const KVM_GET_XSAVE2: u64 = 0x9000_AECF;
+const KVM_GET_XCRS: u64 = 0x8188_AEA6;
+const KVM_GET_DEBUGREGS: u64 = 0x8080_AEA1;
+const KVM_GET_LAPIC: u64 = 0x8400_AE8E;
+const KVM_GET_MP_STATE: u64 = 0x8004_AE98;
+const KVM_GET_VCPU_EVENTS: u64 = 0x8040_AE9F;
+const KVM_GET_MSRS: u64 = 0xC008_AE88;
+const KVM_GET_TSC_KHZ: u64 = 0xAEA3;
+const KVM_KVMCLOCK_CTRL: u64 = 0xAEAD;
+const F_ADD_SEALS: u64 = 1033;
 const TCSETS: u64 = 0x5402;
 const BLKDISCARD: u64 = 0x1277;
 const TUNSETOFFLOAD: u64 = 0x4004_54D0;
@@ -100,6 +117,15 @@ pub const IO: &[Row] = &[
     ioctl!(KVM_IRQFD),                   // a vector is used for the first time
     ioctl!(KVM_SET_GSI_ROUTING),
     ioctl!(KVM_SIGNAL_MSI),              // serial interrupt
+    ioctl!(KVM_CHECK_EXTENSION),         // snapshot: size of the XSAVE area
+    ioctl!(KVM_GET_MSR_INDEX_LIST),      // snapshot: which registers a vCPU has
+    ioctl!(KVM_GET_CLOCK),               // snapshot
+    ioctl!(KVM_GET_DIRTY_LOG),           // snapshot: pages that the guest wrote
+    ioctl!(KVM_SET_USER_MEMORY_REGION),  // fork: writes are logged from then on
+    any(libc::SYS_lseek),                // snapshot: where the memory file has data
+    any(libc::SYS_fstat),                // snapshot: files that were passed are regular
+    any(libc::SYS_memfd_create),         // fork: the state that children get
+    only(libc::SYS_fcntl, &[(1, F_ADD_SEALS, Only::Equal)]), // fork: nobody changes what children share
 ];
 
 /// A vCPU thread.
@@ -110,7 +136,18 @@ pub const VCPU: &[Row] = &[
     ioctl!(KVM_IOEVENTFD),               // the guest moves a BAR
     ioctl!(KVM_IRQFD),                   // a pending vector is unmasked that was never used
     ioctl!(KVM_SET_GSI_ROUTING),
-    ioctl!(KVM_GET_REGS),                // where the guest failed
+    ioctl!(KVM_GET_REGS),                // where the guest failed; snapshot, as the next ones
+    ioctl!(KVM_GET_SREGS),
+    ioctl!(KVM_GET_XSAVE),
+    ioctl!(KVM_GET_XSAVE2),
+    ioctl!(KVM_GET_XCRS),
+    ioctl!(KVM_GET_DEBUGREGS),
+    ioctl!(KVM_GET_LAPIC),
+    ioctl!(KVM_GET_MP_STATE),
+    ioctl!(KVM_GET_VCPU_EVENTS),
+    ioctl!(KVM_GET_MSRS),
+    ioctl!(KVM_GET_TSC_KHZ),
+    ioctl!(KVM_KVMCLOCK_CTRL),           // after a pause: the guest's watchdogs shall not take it for a lock-up
     any(libc::SYS_eventfd2),             // as KVM_IRQFD
     any(libc::SYS_read),
     any(libc::SYS_write),                // wakes the I/O thread

@@ -138,14 +138,16 @@ impl StateWriter {
         file
     }
 
-    /// Writes the file from the beginning of `file`, which then has nothing else.
+    /// Writes the file from the beginning of `file`, which then has nothing else. Answers the number of bytes.
     ///
     /// # Errors
     /// The system refuses.
-    pub fn write_to(self, file: &File) -> Result<(), FileError> {
+    pub fn write_to(self, file: &File) -> Result<u64, FileError> {
         let io = |call| move |source| FileError::Io { call, source };
+        let bytes = self.into_bytes();
         file.set_len(0).map_err(io("empty"))?;
-        file.write_all_at(&self.into_bytes(), 0).map_err(io("write"))
+        file.write_all_at(&bytes, 0).map_err(io("write"))?;
+        Ok(u64::try_from(bytes.len()).unwrap_or(u64::MAX))
     }
 }
 

@@ -127,7 +127,11 @@ impl Active {
     }
 }
 
-fn random(data: &mut [u8]) -> io::Result<()> {
+/// Fills `data` with random bytes of the kernel.
+///
+/// # Errors
+/// The system's answer.
+pub fn random(data: &mut [u8]) -> io::Result<()> {
     let mut done = 0;
     while done < data.len() {
         let rest = data.get_mut(done..).unwrap_or_default();

@@ -11,6 +11,7 @@
 )]
 
 mod code;
+mod snapshot;
 mod vm;
 
 use std::collections::BTreeMap;
@@ -23,6 +24,7 @@ use std::process::Command;
 use blixard_vmm_api::config::{ConsoleConfig, VmConfig};
 use blixard_vmm_api::control::{Event, FromVmm, Phase, Reply, Request};
 use blixard_vmm_api::exit::ExitRecord;
+use blixard_vmm_api::snapshot::MemoryConfig;
 use blixard_vmm_api::{ExitReason, VmId};
 
 use vm::{Ended, Vm, possible};
@@ -305,6 +307,8 @@ fn config() -> VmConfig {
         control: None,
         exit_record: None,
         boot_timer: false,
+        memory: MemoryConfig::default(),
+        restore: None,
         descriptors: BTreeMap::new(),
     }
 }

@@ -3,7 +3,10 @@
 //! The set from `KVM_GET_SUPPORTED_CPUID` says what this host can offer. Edited are: the topology (one package, each vCPU a
 //! core of its own), features that depend on the interrupt controller, and features that would need what is not there.
 
-use kvm_bindings::{CpuId, kvm_cpuid_entry2};
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
+
+use crate::snapshot::codec::{Invalid, Reader, Writer};
+use crate::snapshot::plain;
 
 /// `KVM_CPUID_FLAG_SIGNIFCANT_INDEX`.
 const BY_SUBLEAF: u32 = 1;
@@ -26,6 +29,23 @@ const HIDDEN: [(u32, u32, usize, u32, &str); 7] = [
     (0x8000_0001, 0, 2, 1 << 2, "SVM: no nested guests"),
     (0x8000_0001, 0, 2, 1 << 23 | 1 << 24, "PERFCTR_CORE, PERFCTR_NB: no performance counters"),
 ];
+
+/// Whether the register of this leaf (0 EAX to 3 EDX) is a set of features, of which a guest may use each.
+pub fn is_features(function: u32, index: u32, register: usize) -> bool {
+    match function {
+        0x1 => register >= 2,
+        0x7 => register >= 1 || index > 0,
+        0xD => (index == 0 && register != 1 && register != 2) || (index == 1 && register == 0),
+        0x14 | 0x19 => register == 1,
+        0x4000_0001 => register == 0,
+        0x8000_0001 => register >= 2,
+        0x8000_0007 => register == 3,
+        0x8000_0008 => register == 1,
+        0x8000_000A => register == 3,
+        0x8000_0021 => register == 0,
+        _ => false,
+    }
+}
 
 /// What all vCPUs have in common.
 #[derive(Debug)]
@@ -71,6 +91,54 @@ impl Template {
             }));
         }
         Self { entries, vcpus }
+    }
+
+    /// Writes the set for a snapshot.
+    pub fn save(&self, to: &mut Writer) {
+        to.u32(u32::try_from(self.entries.len()).unwrap_or(u32::MAX));
+        self.entries.iter().for_each(|entry| plain::write(to, entry));
+    }
+
+    /// Reads the set of a snapshot.
+    ///
+    /// # Errors
+    /// It is cut off or too long.
+    pub fn restore(from: &mut Reader<'_>, vcpus: u8) -> Result<Self, Invalid> {
+        let count = from.count("CPUID entries", KVM_MAX_CPUID_ENTRIES)?;
+        let entries = (0..count).map(|_| plain::read(from, "CPUID entry")).collect::<Result<_, _>>()?;
+        Ok(Self { entries, vcpus })
+    }
+
+    /// A guest that was promised this set can go on where `host` is what the host has.
+    ///
+    /// # Errors
+    /// What the host lacks.
+    pub fn check_on(&self, host: &Self) -> Result<(), Invalid> {
+        let vendor = |set: &Self| set.find(0, 0).map_or((0, 0, 0), |e| (e.ebx, e.ecx, e.edx));
+        if vendor(self) != vendor(host) {
+            return Err(Invalid::Mismatch("the processor is of another vendor".into()));
+        }
+        for entry in &self.entries {
+            let here = host.find(entry.function, entry.index).unwrap_or_default();
+            let registers = [entry.eax, entry.ebx, entry.ecx, entry.edx];
+            for (number, (wanted, has)) in
+                registers.iter().zip([here.eax, here.ebx, here.ecx, here.edx]).enumerate()
+            {
+                let lacking = wanted & !has;
+                if is_features(entry.function, entry.index, number) && lacking != 0 {
+                    let (leaf, subleaf) = (entry.function, entry.index);
+                    let register = ["EAX", "EBX", "ECX", "EDX"].get(number).copied().unwrap_or_default();
+                    return Err(Invalid::Mismatch(format!(
+                        "the processor lacks features: CPUID leaf {leaf:#x}, subleaf {subleaf}, {register} bits {lacking:#x}"
+                    )));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn find(&self, function: u32, index: u32) -> Option<kvm_cpuid_entry2> {
+        self.entries.iter().find(|e| (e.function, e.index) == (function, index)).copied()
     }
 
     /// The set of vCPU `index`.

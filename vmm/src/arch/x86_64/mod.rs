@@ -5,3 +5,4 @@ pub mod aml;
 pub mod boot_params;
 pub mod cpuid;
 pub mod registers;
+pub mod vcpu_state;
