@@ -13,6 +13,7 @@ use blixard_agent_api::plan::NicPlan;
 use blixard_vmm_api::VmConfig;
 use blixard_vmm_api::config::{ConfigError, ConsoleConfig, DiskConfig, NicConfig, VsockConfig};
 use blixard_vmm_api::guest::{GuestConfig, NicAddresses, RootConfig};
+use blixard_vmm_api::snapshot::MemoryConfig;
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
 
@@ -145,6 +146,9 @@ pub fn config(plan: &VmPlan, slot: Slot, mtu: u16) -> Result<(VmConfig, Vec<&'st
         control: Some("control".into()),
         exit_record: Some("exit-record".into()),
         boot_timer: false,
+        memory: MemoryConfig::default(),
+        cpu: None,
+        restore: None,
         descriptors: numbers,
     };
     config.validate()?;

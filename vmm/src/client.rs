@@ -1,13 +1,15 @@
 //! What people and benchmarks ask a running VM on its control socket: `blixard-vmm snapshot`, `fork` and the plain requests.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Write};
+use std::io::{self, Seek, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use blixard_vmm::kvm::Vm;
 use blixard_vmm::passing;
 use blixard_vmm_api::control::{FromVmm, MESSAGE_BYTES_MAX, Reply, Request};
+use blixard_vmm_api::cpu::CpuBaseline;
 use blixard_vmm_api::snapshot::SnapshotKind;
 
 use crate::front_end::{Options, Snapshots};
@@ -113,6 +115,7 @@ pub fn run(words: &[&str], to: &mut dyn Write) -> Option<Result<(), String>> {
         ["working-set", control, file] => {
             create(file).and_then(|file| tell(to, control, &Request::WorkingSet, &[file]))
         }
+        ["cpu-baseline", files @ ..] => baseline(to, files),
         ["fork", control, count, rest @ ..] => match (count.parse(), Options::parse_for_fork(rest)) {
             (Ok(count), Ok(options)) => fork(to, control, count, &options),
             (Err(_), _) => Err(format!("fork: {count} is no number of children")),
@@ -120,6 +123,27 @@ pub fn run(words: &[&str], to: &mut dyn Write) -> Option<Result<(), String>> {
         },
         _ => return None,
     })
+}
+
+/// Prints what this host offers its guests, or what all hosts have whose answers are in `files`.
+fn baseline(to: &mut dyn Write, files: &[&str]) -> Result<(), String> {
+    let mut common: Option<CpuBaseline> = None;
+    for path in files {
+        let text = std::fs::read_to_string(path).map_err(|error| format!("{path}: {error}"))?;
+        let one: CpuBaseline = serde_json::from_str(&text).map_err(|error| format!("{path}: {error}"))?;
+        let both = common.map_or(Ok(one.clone()), |common| common.intersect(&one));
+        common = Some(both.map_err(|error| format!("{path}: {error}"))?);
+    }
+    let answer = common.map_or_else(host_baseline, Ok)?;
+    let text = serde_json::to_string(&answer).map_err(|error| error.to_string())?;
+    writeln!(to, "{text}").map_err(|error| error.to_string())
+}
+
+fn host_baseline() -> Result<CpuBaseline, String> {
+    let kvm = OpenOptions::new().read(true).write(true).open("/dev/kvm");
+    let kvm = kvm.map_err(|error| format!("/dev/kvm: {error}"))?;
+    let template = Vm::new(kvm.into()).and_then(|vm| vm.cpuid(1));
+    template.map(|template| template.baseline()).map_err(|error| blixard_vmm::chain(&error))
 }
 
 /// Forks the VM at `control` and starts `count` children, then waits for their end.
@@ -167,7 +191,7 @@ fn child(files: &[OwnedFd], options: &Options) -> Result<Child, String> {
         options.open_with(snapshots(files).map_err(problem)?).map_err(|reason| reason.to_string())?;
     let text = serde_json::to_vec(&config).map_err(|error| error.to_string())?;
     let mut file = blixard_vmm::memory::memfd(c"config", 0).map_err(problem)?;
-    file.write_all(&text).map_err(problem)?;
+    file.write_all(&text).and_then(|()| file.rewind()).map_err(problem)?;
     let numbers: Vec<RawFd> = config.descriptors.values().copied().chain([file.as_raw_fd()]).collect();
     for number in &numbers {
         // SAFETY: no pointers are involved; the descriptor is open.

@@ -9,6 +9,7 @@ use blixard_vmm::descriptors::Descriptors;
 use blixard_vmm::snapshot::file::State;
 use blixard_vmm::snapshot::sections::Machine;
 use blixard_vmm_api::config::{ConsoleConfig, DiskConfig, MacAddr, NicConfig, VsockConfig};
+use blixard_vmm_api::cpu::CpuBaseline;
 use blixard_vmm_api::snapshot::{MemoryConfig, Paging, RestoreConfig, SnapshotFiles};
 use blixard_vmm_api::{ExitReason, VmConfig, VmId};
 
@@ -35,6 +36,8 @@ pub struct Options {
     clock_went_on: bool,
     paused: bool,
     memory_options: MemoryConfig,
+    /// Path of a baseline.
+    cpu: Option<String>,
 }
 
 /// The opened files of a snapshot, state and memory, after those of what it is based on.
@@ -79,6 +82,7 @@ impl Options {
                     bases += usize::from(*word == "--base");
                     options.snapshots.insert(at, files);
                 }
+                "--cpu" => options.cpu = Some(value()?),
                 "--userfault" => options.paging = Paging::Userfault,
                 "--working-set" => options.working_set = Some(value()?),
                 "--clock-went-on" => options.clock_went_on = true,
@@ -181,6 +185,7 @@ impl Options {
             exit_record: None,
             boot_timer: self.boot_timer,
             memory: self.memory_options,
+            cpu: self.cpu.as_deref().map(baseline).transpose()?,
             restore: None,
             descriptors: BTreeMap::new(),
         };
@@ -263,6 +268,12 @@ fn number<N: std::str::FromStr>(word: &str, text: &str) -> Result<N, String> {
 
 fn host(what: &str, error: &io::Error) -> ExitReason {
     ExitReason::HostProblem { detail: format!("{what}: {error}") }
+}
+
+fn baseline(path: &str) -> Result<CpuBaseline, ExitReason> {
+    let text = std::fs::read(path).map_err(|error| error.to_string());
+    let read = text.and_then(|text| serde_json::from_slice(&text).map_err(|error| error.to_string()));
+    read.map_err(|error| ExitReason::BadConfig { detail: format!("{path}: {error}") })
 }
 
 /// What was opened, by name.

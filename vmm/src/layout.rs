@@ -55,6 +55,8 @@ pub const CMDLINE: Area = Area::new(0x2_0000, 0x1000);
 pub const LOW_USABLE_END: u64 = 0x9_FC00;
 /// ACPI tables.
 pub const ACPI: Area = Area::new(0xE_0000, 0x2_0000);
+/// The generation id of the VM, 16 bytes between the first ACPI table and the next: memory that no guest uses otherwise.
+pub const GENERATION: Area = Area::new(ACPI.start + 48, 16);
 /// Where kernels may be loaded.
 pub const KERNEL_START: u64 = MIB;
 /// Memory below the hole.
@@ -82,6 +84,8 @@ pub const SERIAL_PORT: u16 = 0x3F8;
 pub const SERIAL_PORTS: u16 = 8;
 /// I/O APIC pin of the serial line.
 pub const SERIAL_PIN: u8 = 4;
+/// I/O APIC pin of events that ACPI tells the guest.
+pub const EVENT_PIN: u8 = 5;
 /// ACPI sleep control register (ACPI 6.5 section 4.8.3.7).
 pub const SLEEP_CONTROL_PORT: u16 = 0x600;
 /// ACPI sleep status register.

@@ -12,7 +12,7 @@ use std::os::fd::{FromRawFd, OwnedFd};
 use std::sync::Arc;
 
 use blixard_vmm_api::config::{ConfigError, VCPUS_MAX};
-use blixard_vmm_api::guest::LinkRecord;
+use blixard_vmm_api::guest::{Identity, LinkRecord};
 use blixard_vmm_api::{ExitReason, VmConfig};
 use kvm_ioctls::VcpuFd;
 
@@ -22,23 +22,26 @@ use crate::bus::Bus;
 use crate::control::Control;
 use crate::descriptors::{DescriptorError, Descriptors};
 use crate::devices::console::Console;
+use crate::devices::generation::{self, GenerationError};
 use crate::devices::ioapic::IoApic;
 use crate::devices::serial::Serial;
 use crate::interrupt::Routes;
 use crate::kvm::{KvmError, Vm};
 use crate::mailbox::Mailbox;
 use crate::memory::ram::Ram;
+use crate::memory::userfault::Userfault;
 use crate::memory::{self, MemoryError};
 use crate::pci::{FUNCTIONS_MAX, Function, Root};
 use crate::poll::Poll;
 use crate::sandbox::{self, SandboxError};
+use crate::snapshot::codec::Invalid;
 use crate::snapshot::restore::{Restore, RestoreError};
 use crate::times::Times;
 use crate::vcpu::{self, Begin, VcpuError, Vcpus};
 use crate::virtio::block::{Block, BlockError};
 use crate::virtio::device::{Device, GuestMemory};
 use crate::virtio::net::{Net, NetError};
-use crate::virtio::rng::{Rng, RngError};
+use crate::virtio::rng::{self, Rng, RngError};
 use crate::virtio::transport::{Transport, first_bar};
 use crate::virtio::vsock::{Vsock, VsockError};
 use crate::worker::{AskStop, Guest, Parts, Slot, Worker};
@@ -88,6 +91,12 @@ pub enum StartError {
     /// More devices than the bus has places.
     #[error("{0} devices, {FUNCTIONS_MAX} are possible")]
     TooManyDevices(usize),
+    /// The host has not what is promised of the processor.
+    #[error(transparent)]
+    Cpu(Invalid),
+    /// The VM has no generation id.
+    #[error(transparent)]
+    Generation(#[from] GenerationError),
     /// A snapshot is refused.
     #[error(transparent)]
     Restore(#[from] RestoreError),
@@ -120,10 +129,12 @@ impl StartError {
             | Self::Net { .. }
             | Self::Vsock(_)
             | Self::Restore(_)
+            | Self::Cpu(_)
             | Self::TooManyDevices(_) => ExitReason::BadConfig { detail },
             Self::Kvm(_)
             | Self::Memory(_)
             | Self::Rng(_)
+            | Self::Generation(_)
             | Self::Vcpu(_)
             | Self::Sandbox(_)
             | Self::Set { .. } => ExitReason::HostProblem { detail },
@@ -149,6 +160,7 @@ pub struct Assembled<'a> {
     template: Arc<Template>,
     vcpus: Vec<VcpuFd>,
     ram: Ram,
+    userfault: Option<Userfault>,
     bus: Arc<Bus>,
     poll: Poll,
     console: Console,
@@ -156,6 +168,7 @@ pub struct Assembled<'a> {
     slots: Vec<Slot>,
     guest: Guest,
     ask_stop: Option<AskStop>,
+    tell_restored: Option<AskStop>,
 }
 
 /// A machine with a kernel in memory.
@@ -171,8 +184,9 @@ pub struct Running {
     guest: Guest,
 }
 
-/// Devices and their names, in the order in which the guest finds them, and how to ask the guest to stop.
-type Devices = (Vec<(String, Box<dyn Device>)>, Option<AskStop>);
+/// Devices and their names, in the order in which the guest finds them, and how to ask the guest to stop and to tell it
+/// that it was restored.
+type Devices = (Vec<(String, Box<dyn Device>)>, Option<AskStop>, Option<AskStop>);
 
 impl<'a> Assembled<'a> {
     /// Makes VM, memory, vCPUs and devices. The order of the KVM calls is the one that does not wait: see [`crate::kvm`].
@@ -182,9 +196,13 @@ impl<'a> Assembled<'a> {
     pub fn new(config: &'a VmConfig, mut given: Descriptors, times: Arc<Times>) -> Result<Self, StartError> {
         let vm = Vm::new(given.take(&config.kvm)?)?;
         let from = Source::new(config, &mut given)?;
-        let ram = from.ram(config)?;
+        let (ram, userfault) = from.ram(config)?;
         vm.set_memory(ram.memory(), ram.is_tracked())?;
-        let template = Arc::new(vm.cpuid(config.vcpus)?);
+        let mut template = vm.cpuid(config.vcpus)?;
+        if let Some(baseline) = &config.cpu {
+            template.limit(baseline).map_err(StartError::Cpu)?;
+        }
+        let template = Arc::new(template);
         let vcpus: Result<Vec<VcpuFd>, KvmError> =
             (0..config.vcpus.min(VCPUS_MAX)).map(|index| vm.create_vcpu(index)).collect();
         let vcpus = vcpus?;
@@ -199,7 +217,7 @@ impl<'a> Assembled<'a> {
             None => None,
         };
         let guest = Guest::default();
-        let (devices, ask_stop) = devices(config, &mut given, &guest, &times)?;
+        let (devices, ask_stop, tell_restored) = devices(config, &mut given, &guest, &times)?;
         let devices = from.in_order(devices)?;
         let slots = slots(devices, &vm, ram.memory(), &mailbox)?;
         let functions = slots.iter().map(|slot| slot.transport.clone() as Arc<dyn Function>).collect();
@@ -213,6 +231,7 @@ impl<'a> Assembled<'a> {
             template,
             vcpus,
             ram,
+            userfault,
             bus,
             poll,
             console,
@@ -220,6 +239,7 @@ impl<'a> Assembled<'a> {
             slots,
             guest,
             ask_stop,
+            tell_restored,
         })
     }
 
@@ -230,6 +250,7 @@ impl<'a> Assembled<'a> {
     pub fn load(mut self) -> Result<Loaded<'a>, StartError> {
         let (begin, guest_ready) = match &mut self.from {
             Source::Kernel { kernel, initramfs } => {
+                generation::renew(self.ram.memory())?;
                 let entry = boot::load(self.ram.memory(), self.config, kernel, initramfs.as_ref())?;
                 (Begin::Kernel(self.template.clone(), entry), false)
             }
@@ -256,11 +277,11 @@ impl Source {
         Ok(Self::Kernel { kernel, initramfs })
     }
 
-    fn ram(&self, config: &VmConfig) -> Result<Ram, StartError> {
+    fn ram(&self, config: &VmConfig) -> Result<(Ram, Option<Userfault>), StartError> {
         match self {
             Self::Kernel { .. } => {
                 let (memory, file) = memory::create_as(config.memory_mib, config.memory)?;
-                Ok(Ram::new(&memory, file, config.memory))
+                Ok((Ram::new(&memory, file, config.memory), None))
             }
             Self::Snapshot(restore) => Ok(restore.memory()?),
         }
@@ -290,9 +311,13 @@ impl Loaded<'_> {
         let Self { assembled, begin, guest_ready } = self;
         let Assembled { config, vm, template, vcpus, ram, bus, poll, console, control, slots, guest, .. } =
             assembled;
+        let used = assembled.userfault.as_ref().map(Userfault::used);
         let ask_stop = assembled.ask_stop;
         let signals = block_signals().map_err(set("signals"))?;
         vcpu::catch_kicks()?;
+        if let Some(userfault) = assembled.userfault {
+            userfault.start(bus.mailbox.clone(), log_only).map_err(RestoreError::Userfault)?;
+        }
         let vcpus = Vcpus::start(vcpus, &begin, &bus, log_only)?;
         guest.restore(guest_ready);
         let parts = Parts {
@@ -309,6 +334,8 @@ impl Loaded<'_> {
             bus,
             guest: guest.clone(),
             ask_stop,
+            used,
+            tell_restored: assembled.tell_restored,
             restored: config.restore.as_ref().map(|restore| restore.paused),
         };
         let worker = Worker::new(parts).map_err(set("I/O loop"))?;
@@ -366,19 +393,28 @@ fn devices(
         let net = Net::new(given.take(&nic.tap)?, nic.mac, nic.mtu).map_err(refused)?;
         devices.push((format!("net.{}", nic.id), Box::new(net)));
     }
-    let mut ask_stop: Option<AskStop> = None;
+    let (mut ask_stop, mut tell_restored): (Option<AskStop>, Option<AskStop>) = (None, None);
     if let Some(vsock) = &config.vsock {
         let (guest, times) = (guest.clone(), times.clone());
         let on_link = Box::new(move |record| guest.on_record(record, &times));
         let made = Vsock::new(vsock.cid, given.take(&vsock.listener)?, on_link);
         let (device, sender) = made.map_err(StartError::Vsock)?;
         devices.push(("vsock".into(), Box::new(device)));
-        ask_stop = Some(Box::new(move || sender.send(LinkRecord::Stop)));
+        let sender = Arc::new(sender);
+        let stop = sender.clone();
+        ask_stop = Some(Box::new(move || stop.send(LinkRecord::Stop)));
+        let hostname = config.guest.as_ref().map(|guest| guest.hostname.clone()).unwrap_or_default();
+        tell_restored = Some(Box::new(move || {
+            let mut seed = [0; 32];
+            // Without random bytes the guest still has its generation id.
+            let _ = rng::random(&mut seed);
+            sender.send(LinkRecord::Restored(Identity { unix_ns: 0, seed, hostname: hostname.clone() }));
+        }));
     }
     if config.rng {
         devices.push(("rng".into(), Box::new(Rng::new().map_err(StartError::Rng)?)));
     }
-    Ok((devices, ask_stop))
+    Ok((devices, ask_stop, tell_restored))
 }
 
 fn slots(

@@ -38,7 +38,7 @@ blixard-vmm run --kernel PATH    run a VM on this terminal; all paths are opened
     [--initramfs PATH] [--cmdline TEXT] [--vcpus N] [--memory MIB]
     [--disk PATH[,ro]]... [--tap NAME]... [--vsock PATH,CID] [--rng]
     [--control PATH] [--boot-timer] [--no-stdin] [--log-syscalls]
-    [--track-writes] [--huge-pages] [--thp] [--merge]
+    [--cpu BASELINE] [--track-writes] [--huge-pages] [--thp] [--merge]
 blixard-vmm run --restore STATE,MEMORY [--base STATE,MEMORY]...
     run a VM from a snapshot, with devices as above; a diff needs the snapshots that it is based on, oldest first
     [--userfault] [--working-set PATH] [--clock-went-on] [--paused]
@@ -48,6 +48,8 @@ blixard-vmm fork CONTROL COUNT [OPTIONS]
     start COUNT children of that VM, with devices as for run; sockets get .0, .1 and so on behind their name
 blixard-vmm working-set CONTROL FILE
     write which pages the guest used since it was restored with --userfault
+blixard-vmm cpu-baseline [FILE]...
+    print what this host offers its guests of the processor, or what all hosts have whose answers are in the files
 blixard-vmm pause|resume|status|stats|kill CONTROL
 blixard-vmm probe [--json]       tell which guests /dev/kvm of this machine can run
 ";

@@ -15,6 +15,7 @@ use crate::control::{Answer, Answered, Control};
 use crate::devices::console::Console;
 use crate::kvm::Vm;
 use crate::mailbox::Message;
+use crate::memory::dirty::DirtyMap;
 use crate::memory::ram::Ram;
 use crate::poll::{DeviceWatch, Owner, Poll};
 use crate::times::{Moment, Times};
@@ -58,7 +59,7 @@ impl Guest {
                 }
                 LinkRecord::WorkloadExited(exit) => news.workload = Some(exit),
                 LinkRecord::Problem(text) => news.problem = Some(text),
-                LinkRecord::Stop => news.fresh = false,
+                LinkRecord::Stop | LinkRecord::Restored(_) => news.fresh = false,
             }
         });
     }
@@ -101,6 +102,9 @@ struct Machine {
     bus: Arc<Bus>,
     guest: Guest,
     ask_stop: Option<AskStop>,
+    tell_restored: Option<AskStop>,
+    /// Pages that were used since a restore, when they are noted.
+    used: Option<Arc<DirtyMap>>,
     exit: Option<ExitReason>,
     console_counters: Vec<(&'static str, u64)>,
     changed: bool,
@@ -144,6 +148,10 @@ pub struct Parts {
     pub guest: Guest,
     /// Asks the guest to stop, when there is a way.
     pub ask_stop: Option<AskStop>,
+    /// Tells the guest who it is now, when there is a way.
+    pub tell_restored: Option<AskStop>,
+    /// Pages that were used since a restore, when they are noted.
+    pub used: Option<Arc<DirtyMap>>,
     /// The VM comes from a snapshot; true when it is paused at first.
     pub restored: Option<bool>,
 }
@@ -155,7 +163,7 @@ impl Worker {
     /// Something cannot be watched.
     pub fn new(parts: Parts) -> io::Result<Self> {
         let Parts { vm, mut poll, console, control, signals, restored, .. } = parts;
-        let Parts { kvm, template, vcpus, slots, ram, bus, guest, ask_stop, .. } = parts;
+        let Parts { kvm, template, vcpus, slots, ram, bus, guest, ask_stop, tell_restored, used, .. } = parts;
         poll.add(Owner::Mailbox, bus.mailbox.as_raw_fd(), IN, 0)?;
         poll.add(Owner::Signals, signals.as_raw_fd(), IN, 0)?;
         let machine = Machine {
@@ -169,6 +177,8 @@ impl Worker {
             bus,
             guest,
             ask_stop,
+            tell_restored,
+            used,
             exit: None,
             console_counters: vec![],
             changed: false,

@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
+use crate::cpu::CpuBaseline;
 use crate::guest::GuestConfig;
 use crate::id::VmId;
 use crate::snapshot::{MemoryConfig, RestoreConfig};
@@ -83,6 +84,9 @@ pub struct VmConfig {
     /// Where guest memory comes from.
     #[serde(default)]
     pub memory: MemoryConfig,
+    /// Offer no more of the processor than this; absent means all that the host has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu: Option<CpuBaseline>,
     /// Go on from this snapshot instead of booting. vCPUs, memory and devices have to be those of the snapshot.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub restore: Option<RestoreConfig>,
@@ -351,6 +355,7 @@ mod tests {
             exit_record: None,
             boot_timer: false,
             memory: MemoryConfig::default(),
+            cpu: None,
             restore: None,
             descriptors: [("kvm".into(), 3), ("kernel".into(), 4), ("disk-root".into(), 5)].into(),
         }

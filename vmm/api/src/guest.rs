@@ -184,6 +184,33 @@ pub enum LinkRecord {
     Problem(String),
     /// Host → guest: end the workload (SIGTERM, after a grace time SIGKILL), sync and power off.
     Stop,
+    /// Host → guest: this VM goes on from a snapshot or is a fork; who it is now.
+    Restored(Identity),
+}
+
+/// What a guest that was copied or set back in time has to know.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Identity {
+    /// Nanoseconds since 1970.
+    pub unix_ns: u64,
+    /// Random bytes that no other copy has.
+    pub seed: [u8; 32],
+    /// The host name, at most 63 bytes; empty when it stays as it is.
+    pub hostname: String,
+}
+
+impl Identity {
+    fn encode(&self) -> Vec<u8> {
+        [self.unix_ns.to_le_bytes().as_slice(), &self.seed, self.hostname.as_bytes()].concat()
+    }
+
+    fn decode(bytes: &[u8]) -> Option<Self> {
+        let (time, rest) = bytes.split_first_chunk::<8>()?;
+        let (seed, name) = rest.split_first_chunk::<32>()?;
+        let hostname = String::from_utf8(name.to_vec()).ok()?;
+        let unix_ns = u64::from_le_bytes(*time);
+        (hostname.len() <= 63).then_some(Self { unix_ns, seed: *seed, hostname })
+    }
 }
 
 /// Bytes on the guest link that are no record.
@@ -210,6 +237,7 @@ impl LinkRecord {
             Self::WorkloadExited(exit) => (3, exit.to_bytes().into()),
             Self::Problem(text) => (4, text.bytes().take(Self::PAYLOAD_MAX).collect()),
             Self::Stop => (16, vec![]),
+            Self::Restored(identity) => (17, identity.encode()),
         };
         let length = u16::try_from(payload.len()).unwrap_or(0).to_le_bytes();
         [&[kind, 0], length.as_slice(), &payload].concat()
@@ -235,6 +263,7 @@ impl LinkRecord {
             (3, bytes) => Self::WorkloadExited(WorkloadExit::from_bytes(bytes).ok_or(wrong)?),
             (4, text) => Self::Problem(String::from_utf8_lossy(text).into_owned()),
             (16, []) => Self::Stop,
+            (17, bytes) => Self::Restored(Identity::decode(bytes).ok_or(wrong)?),
             _ => return Err(wrong),
         };
         buffer.drain(..end);
@@ -415,6 +444,7 @@ mod tests {
             let records = [
                 LinkRecord::Started, LinkRecord::Problem(text), LinkRecord::Ready,
                 LinkRecord::WorkloadExited(WorkloadExit::Code(3)), LinkRecord::Stop,
+                LinkRecord::Restored(Identity { unix_ns: 7, seed: [3; 32], hostname: "web-1".into() }),
             ];
             let bytes: Vec<u8> = records.iter().flat_map(LinkRecord::encode).collect();
             let cut = cut.min(bytes.len());

@@ -2,6 +2,7 @@
 //!
 //! * [`id`]: the identity of a VM
 //! * [`config`]: everything one VMM process is given, by descriptor name
+//! * [`cpu`]: what guests may use of a processor; [`snapshot`]: where a restored VM comes from
 //! * [`control`]: what may be asked of a running VMM, and the events it sends
 //! * [`exit`]: why a VM ended, as a value and as a process exit code
 //! * [`guest`]: what the host tells the guest at boot, and the messages between both over vsock
@@ -9,6 +10,7 @@
 
 pub mod config;
 pub mod control;
+pub mod cpu;
 pub mod exit;
 pub mod guest;
 pub mod id;

@@ -10,6 +10,7 @@ use std::sync::mpsc::Sender;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::identity;
 use blixard_vmm_api::guest::LinkRecord;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -157,6 +158,7 @@ fn converse(shared: &Shared, woken: &PipeReader, link: File, on_stop: &dyn Fn())
         while let Some(record) = LinkRecord::decode(&mut inbox).map_err(|_| LinkError::Protocol)? {
             match record {
                 LinkRecord::Stop => on_stop(),
+                LinkRecord::Restored(identity) => identity::refresh(&identity),
                 _ => return Err(LinkError::Protocol),
             }
         }

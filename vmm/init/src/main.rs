@@ -2,7 +2,7 @@
 //!
 //! * [`modules`], [`root`], [`devices`]: kernel modules, disks, mounts
 //! * [`names`], [`network`] over [`netlink`]: host name, addresses, routes
-//! * [`link`] over [`vsock`]: what the host is told and what it says
+//! * [`link`] over [`vsock`]: what the host is told and what it says; [`identity`]: a copy becomes somebody else
 //! * [`command`] with [`users`], [`children`], [`exec`]: programs
 //! * [`power`]: the end
 
@@ -11,6 +11,7 @@ mod command;
 mod console;
 mod devices;
 mod exec;
+mod identity;
 mod link;
 mod modules;
 mod names;

@@ -74,6 +74,44 @@ pub fn poll(descriptors: &[(BorrowedFd<'_>, i16)], limit: Option<Duration>) -> V
     entries.into_iter().map(|entry| entry.revents).collect()
 }
 
+/// Sets the wall clock to this time since 1970.
+///
+/// # Errors
+/// As clock_settime(2).
+pub fn set_clock(time: Duration) -> io::Result<()> {
+    let now = libc::timespec {
+        tv_sec: time.as_secs().try_into().unwrap_or_default(),
+        tv_nsec: time.subsec_nanos().into(),
+    };
+    // SAFETY: the pointer is to a timespec that outlives the call.
+    let result = unsafe { libc::clock_settime(libc::CLOCK_REALTIME, &raw const now) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Adds random bytes to the kernel's pool (`RNDADDENTROPY`) and makes it use them at once (`RNDRESEEDCRNG`).
+///
+/// # Errors
+/// `random` is not the kernel's random device.
+pub fn reseed(random: BorrowedFd<'_>, seed: &[u8; 32]) -> io::Result<()> {
+    const RNDADDENTROPY: libc::c_int = 0x4008_5203;
+    const RNDRESEEDCRNG: libc::c_int = 0x5207;
+    /// `struct rand_pool_info`: bits, bytes, the bytes.
+    #[repr(C)]
+    struct Pool {
+        bits: i32,
+        bytes: i32,
+        seed: [u8; 32],
+    }
+    let pool = Pool { bits: 256, bytes: 32, seed: *seed };
+    // SAFETY: RNDADDENTROPY reads the two numbers and as many bytes as the second says, which are there.
+    if unsafe { libc::ioctl(random.as_raw_fd(), RNDADDENTROPY, &raw const pool) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: RNDRESEEDCRNG has no argument.
+    let result = unsafe { libc::ioctl(random.as_raw_fd(), RNDRESEEDCRNG) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 /// How many bytes can be read from a pipe now.
 ///
 /// # Errors

@@ -33,6 +33,13 @@ impl DirtyMap {
         self.0.get_or_init(|| (0..length.div_ceil(PAGE * 64)).map(|_| AtomicU64::new(0)).collect());
     }
 
+    /// Adds the marks to `words`, a bit per page.
+    pub fn copy_into(&self, words: &mut [u64]) {
+        for (mine, word) in self.0.get().into_iter().flatten().zip(words) {
+            *word |= mine.load(Ordering::Relaxed);
+        }
+    }
+
     /// Adds the marks to `words`, a bit per page, and clears them.
     pub fn take_into(&self, words: &mut [u64]) {
         for (mine, word) in self.0.get().into_iter().flatten().zip(words) {

@@ -6,6 +6,7 @@ pub mod dirty;
 pub mod pages;
 pub mod ram;
 pub mod sparse;
+pub mod userfault;
 
 use std::ffi::CStr;
 use std::fs::File;

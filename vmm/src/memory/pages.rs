@@ -42,6 +42,12 @@ impl Pages {
         }
     }
 
+    /// Whether a page is in the set.
+    pub fn contains(&self, page: u64) -> bool {
+        let word = usize::try_from(page / 64).ok().and_then(|at| self.0.get(at));
+        word.is_some_and(|word| word >> (page % 64) & 1 == 1)
+    }
+
     /// Removes all.
     pub fn clear(&mut self) {
         self.0.fill(0);

@@ -54,6 +54,9 @@ const KVM_GET_VCPU_EVENTS: u64 = 0x8040_AE9F;
 const KVM_GET_MSRS: u64 = 0xC008_AE88;
 const KVM_GET_TSC_KHZ: u64 = 0xAEA3;
 const KVM_KVMCLOCK_CTRL: u64 = 0xAEAD;
+const UFFDIO_COPY: u64 = 0xC028_AA03;
+const UFFDIO_ZEROPAGE: u64 = 0xC020_AA04;
+const UFFDIO_WAKE: u64 = 0x8010_AA02;
 const F_ADD_SEALS: u64 = 1033;
 const TCSETS: u64 = 0x5402;
 const BLKDISCARD: u64 = 0x1277;
@@ -162,6 +165,35 @@ pub const VCPU: &[Row] = &[
     any(libc::SYS_tkill),                // abort
     any(libc::SYS_gettid),
     any(libc::SYS_exit_group),
+    any(libc::SYS_brk),                  // allocator
+    any(libc::SYS_munmap),
+    any(libc::SYS_mremap),
+    any(libc::SYS_madvise),
+    only(libc::SYS_mmap, &[(2, EXECUTABLE, Only::Without)]),
+];
+
+/// The thread that answers page faults.
+#[rustfmt::skip]
+pub const PAGER: &[Row] = &[
+    ioctl!(UFFDIO_COPY),
+    ioctl!(UFFDIO_ZEROPAGE),
+    ioctl!(UFFDIO_WAKE),
+    any(libc::SYS_read),                 // faults
+    any(libc::SYS_poll),
+    any(libc::SYS_pread64),              // the memory file
+    any(libc::SYS_write),                // tells the I/O thread that it cannot go on
+    any(libc::SYS_writev),               // a panic's message
+    any(libc::SYS_futex),
+    any(libc::SYS_restart_syscall),
+    any(libc::SYS_rt_sigreturn),
+    any(libc::SYS_rt_sigprocmask),
+    any(libc::SYS_tkill),                // abort
+    any(libc::SYS_gettid),
+    any(libc::SYS_exit),                 // the thread ends when it cannot go on
+    any(libc::SYS_exit_group),
+    any(libc::SYS_sigaltstack),          // std, at the end of a thread
+    any(libc::SYS_close),
+    only(libc::SYS_fcntl, &[(1, 1, Only::Equal)]), // F_GETFD: std looks before it closes, in debug builds
     any(libc::SYS_brk),                  // allocator
     any(libc::SYS_munmap),
     any(libc::SYS_mremap),

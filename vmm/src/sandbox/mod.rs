@@ -11,7 +11,7 @@ use seccompiler::{
     TargetArch,
 };
 
-use filters::{IO, Only, Row, VCPU};
+use filters::{IO, Only, PAGER, Row, VCPU};
 
 /// Why a filter cannot be applied.
 #[derive(Debug, thiserror::Error)]
@@ -52,6 +52,14 @@ pub fn enter_vcpu(log_only: bool) -> Result<(), SandboxError> {
     enter("vCPU", VCPU, log_only)
 }
 
+/// Puts the filter of the thread that answers page faults on the calling thread.
+///
+/// # Errors
+/// The kernel refuses.
+pub fn enter_pager(log_only: bool) -> Result<(), SandboxError> {
+    enter("pager", PAGER, log_only)
+}
+
 fn enter(thread: &'static str, table: &[Row], log_only: bool) -> Result<(), SandboxError> {
     let build = |source| SandboxError::Build { thread, source };
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
@@ -85,7 +93,7 @@ mod tests {
 
     #[test]
     fn a_call_has_either_no_condition_or_conditions_in_each_row() {
-        for table in [IO, VCPU] {
+        for table in [IO, VCPU, PAGER] {
             for row in table {
                 let same: Vec<_> = table.iter().filter(|other| other.call == row.call).collect();
                 assert!(same.len() == 1 || same.iter().all(|r| !r.only.is_empty()), "call {}", row.call);

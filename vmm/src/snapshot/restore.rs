@@ -6,11 +6,13 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use blixard_vmm_api::snapshot::{MemoryConfig, RestoreConfig, SnapshotFiles};
+use blixard_vmm_api::snapshot::{MemoryConfig, Paging, RestoreConfig, SnapshotFiles};
 use kvm_bindings::kvm_clock_data;
 use kvm_ioctls::VcpuFd;
+use vm_memory::bitmap::Bitmap;
 
 use super::codec::{Invalid, Reader};
 use super::file::{FileError, State};
@@ -23,8 +25,10 @@ use crate::bus::Bus;
 use crate::descriptors::{DescriptorError, Descriptors};
 use crate::kvm::{KvmError, Vm};
 use crate::layout::MIB;
+use crate::memory::dirty::PAGE;
 use crate::memory::pages::{Extent, Pages};
 use crate::memory::ram::{Base, Ram};
+use crate::memory::userfault::{Userfault, UserfaultError};
 use crate::memory::{self, MemoryError, sparse};
 use crate::worker::Slot;
 
@@ -75,6 +79,9 @@ pub enum RestoreError {
         /// What there is.
         host: u32,
     },
+    /// Nobody can answer page faults.
+    #[error(transparent)]
+    Userfault(#[from] UserfaultError),
     /// The VM does not take its state.
     #[error("snapshot: section clock")]
     Clock(#[source] KvmError),
@@ -93,6 +100,8 @@ pub struct Restore {
     working_set: Vec<Extent>,
     clock_went_on: bool,
     options: MemoryConfig,
+    paging: Paging,
+    userfaultfd: Option<OwnedFd>,
 }
 
 /// A snapshot's memory.
@@ -138,8 +147,10 @@ impl Restore {
             Some(name) => read_working_set(&given.take(name)?.into(), machine.memory / 4096)?,
             None => vec![],
         };
-        let clock_went_on = config.clock_went_on;
-        let restore = Self { state, machine, memory, layers, working_set, clock_went_on, options };
+        let userfaultfd = config.userfaultfd.as_ref().map(|name| given.take(name)).transpose()?;
+        let (clock_went_on, paging) = (config.clock_went_on, config.paging);
+        let restore =
+            Self { state, machine, memory, layers, working_set, clock_went_on, options, paging, userfaultfd };
         restore.check(vcpus, u64::from(memory_mib) * MIB)?;
         Ok(restore)
     }
@@ -176,23 +187,44 @@ impl Restore {
         Ok(())
     }
 
-    /// Guest memory.
+    /// Guest memory, and who shall answer its page faults.
     ///
     /// # Errors
     /// It cannot be mapped or read.
-    pub fn memory(&self) -> Result<Ram, RestoreError> {
+    pub fn memory(&self) -> Result<(Ram, Option<Userfault>), RestoreError> {
         let (Some(full), diffs) = (self.layers.first(), self.layers.get(1..).unwrap_or_default()) else {
             return Err(RestoreError::MemoryFile("none".into()));
         };
-        let memory = memory::map_private(&full.file, self.machine.memory, self.options)?;
-        let mut own = Pages::new(self.machine.memory / 4096);
+        let size = self.machine.memory;
+        let memory = match self.paging {
+            Paging::Map => memory::map_private(&full.file, size, self.options)?,
+            Paging::Userfault => memory::map_empty(size)?,
+        };
+        if self.paging == Paging::Map {
+            sparse::prefetch(&memory, &self.working_set);
+        } else {
+            let read = sparse::read(&memory, &self.working_set, &full.file);
+            read.map_err(RestoreError::ReadMemory)?;
+        }
+        let mut own = Pages::new(size / 4096);
         for diff in diffs {
             sparse::read(&memory, &diff.memory.extents, &diff.file).map_err(RestoreError::ReadMemory)?;
             diff.memory.extents.iter().for_each(|extent| own.add(*extent));
         }
-        sparse::prefetch(&memory, &self.working_set);
+        let userfault = match self.paging {
+            Paging::Map => None,
+            Paging::Userfault => {
+                let pager = Userfault::new(self.userfaultfd.as_ref(), &memory, &full.file)?;
+                let (pages, used) = (size / 4096, pager.used());
+                for (first, count) in self.working_set.iter().filter(|(first, _)| u64::from(*first) < pages) {
+                    let bytes = |pages: u32| usize::try_from(pages).unwrap_or(0).saturating_mul(PAGE);
+                    used.mark_dirty(bytes(*first), bytes(*count));
+                }
+                Some(pager)
+            }
+        };
         let base = Base { state: full.state.clone(), memory: full.file.clone(), id: full.memory.id };
-        Ok(Ram::restored(&memory, base, own, self.memory.id, self.options))
+        Ok((Ram::restored(&memory, base, own, self.memory.id, self.options), userfault))
     }
 
     /// The configured devices in the order that the guest knows.

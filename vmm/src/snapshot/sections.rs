@@ -67,11 +67,7 @@ impl Memory {
         to.raw(&self.id.0);
         to.bool(self.parent.is_some());
         to.raw(&self.parent.unwrap_or(Id([0; 16])).0);
-        to.u32(u32::try_from(self.extents.len()).unwrap_or(u32::MAX));
-        for (first, count) in &self.extents {
-            to.u32(*first);
-            to.u32(*count);
-        }
+        save_extents(&self.extents, to);
     }
 
     /// Reads the section of a memory of `pages` pages.
@@ -87,6 +83,15 @@ impl Memory {
             return Err(Invalid::Mismatch("a full snapshot with extents".into()));
         }
         Ok(Self { id, parent: is_diff.then_some(parent), extents })
+    }
+}
+
+/// Writes extents.
+pub fn save_extents(extents: &[Extent], to: &mut Writer) {
+    to.u32(u32::try_from(extents.len()).unwrap_or(u32::MAX));
+    for (first, count) in extents {
+        to.u32(*first);
+        to.u32(*count);
     }
 }
 
@@ -124,9 +129,9 @@ mod tests {
     fn extents_have_to_ascend_inside_memory() {
         assert_eq!(memory(&[(0, 5), (5, 1), (99, 1)]).unwrap().extents.len(), 3);
         for wrong in
-            [&[(0, 0)] as &[Extent], &[(5, 1), (4, 1)], &[(0, 5), (4, 2)], &[(99, 2)], &[(1, u32::MAX)]]
+            [[(0, 1), (0, 0)], [(5, 1), (4, 1)], [(0, 5), (4, 2)], [(0, 1), (99, 2)], [(0, 1), (1, u32::MAX)]]
         {
-            assert!(memory(wrong).is_err(), "{wrong:?}");
+            assert!(memory(&wrong).is_err(), "{wrong:?}");
         }
     }
 

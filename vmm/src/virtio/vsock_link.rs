@@ -2,8 +2,9 @@
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
 
-use blixard_vmm_api::guest::{LinkRecord, NotALinkRecord};
+use blixard_vmm_api::guest::{Identity, LinkRecord, NotALinkRecord};
 
 use super::turn::Turn;
 
@@ -74,6 +75,14 @@ impl LinkEnd {
     /// The next record as bytes.
     pub(super) fn next_record(&self) -> Option<Vec<u8>> {
         let mut waiting = self.outbox.lock().unwrap_or_else(PoisonError::into_inner);
-        waiting.pop_front().map(|record| record.encode())
+        waiting.pop_front().map(|record| match record {
+            // It may have waited for the guest to come back: the time is that of now.
+            LinkRecord::Restored(identity) => {
+                let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+                let unix_ns = u64::try_from(now.as_nanos()).unwrap_or(0);
+                LinkRecord::Restored(Identity { unix_ns, ..identity }).encode()
+            }
+            record => record.encode(),
+        })
     }
 }

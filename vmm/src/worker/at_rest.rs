@@ -10,12 +10,16 @@ use blixard_vmm_api::snapshot::{SnapshotKind, SnapshotMade};
 
 use super::Machine;
 use crate::control::Answered;
+use crate::devices::generation;
 use crate::mailbox::Message;
+use crate::memory::pages::Pages;
 use crate::memory::ram::{RamError, Written};
 use crate::memory::{self, sparse};
 use crate::poll::{DeviceWatch, Poll};
-use crate::snapshot::Id;
+use crate::snapshot::codec::Writer;
+use crate::snapshot::file::StateWriter;
 use crate::snapshot::save::{self, SaveError};
+use crate::snapshot::{Id, sections};
 use crate::times::now_us;
 
 impl Machine {
@@ -47,7 +51,15 @@ impl Machine {
         }
         // Devices that were active are activated.
         self.take_messages(poll);
+        if let Err(error) = generation::renew(self.ram.memory()) {
+            self.exit.get_or_insert(ExitReason::HostProblem { detail: crate::chain(&error) });
+            return;
+        }
+        generation::announce(&self.bus.ioapic);
         self.slots.iter().for_each(|slot| slot.transport.wake_driver());
+        if let Some(tell) = &self.tell_restored {
+            tell();
+        }
         if paused {
             self.set_phase(Phase::Paused);
         } else {
@@ -180,9 +192,31 @@ impl Machine {
         parts.write(id, written, file)
     }
 
-    pub(super) fn working_set(&mut self, _given: Vec<OwnedFd>) -> Answered {
-        let reason = "the VM was not restored with paging by userfault".into();
-        (Reply::Refused { reason }, vec![])
+    pub(super) fn working_set(&mut self, given: Vec<OwnedFd>) -> Answered {
+        match self.write_working_set(given) {
+            Ok(()) => (Reply::Done, vec![]),
+            Err(error) => refused(&error),
+        }
+    }
+
+    fn write_working_set(&self, given: Vec<OwnedFd>) -> Result<(), SaveError> {
+        let Some(used) = &self.used else {
+            return Err(SaveError::Descriptors("the VM was not restored with paging by userfault"));
+        };
+        let [file] = <[OwnedFd; 1]>::try_from(given)
+            .map_err(|_| SaveError::Descriptors("one descriptor is needed: the working set file"))?
+            .map(File::from);
+        if !save::is_regular(&file) {
+            return Err(SaveError::Descriptors("the working set has to be a regular file"));
+        }
+        let mut pages = Pages::new(sparse::size(self.ram.memory()) / 4096);
+        used.copy_into(pages.words_from(0));
+        let mut state = StateWriter::default();
+        let mut fields = Writer::new();
+        sections::save_extents(&pages.extents(), &mut fields);
+        state.add("working-set", fields);
+        state.write_to(&file)?;
+        Ok(())
     }
 }
 

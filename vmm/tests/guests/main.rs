@@ -273,9 +273,15 @@ fn sizes_that_are_not_possible_are_refused_with_field_and_range() {
     }
 }
 
-/// Starts a VM as an agent does: descriptors by number and the configuration in one of them.
-fn start_by_descriptors(mut config: VmConfig, given: &[(&str, OwnedFd)]) -> Vm {
+/// Starts a VM as an agent does: descriptors by number and the configuration in one of them. With `control` a control socket
+/// is made in the VM's directory and given under this name.
+fn start_by_descriptors(
+    mut config: VmConfig,
+    mut given: Vec<(&str, OwnedFd)>,
+    control: Option<&'static str>,
+) -> Vm {
     let directory = tempfile::tempdir().unwrap();
+    given.extend(control.map(|name| (name, vm::listen(&directory.path().join("control")))));
     config.descriptors = given.iter().map(|(name, fd)| ((*name).to_owned(), fd.as_raw_fd())).collect();
     let path = directory.path().join("config");
     std::fs::write(&path, serde_json::to_vec(&config).unwrap()).unwrap();
@@ -308,6 +314,7 @@ fn config() -> VmConfig {
         exit_record: None,
         boot_timer: false,
         memory: MemoryConfig::default(),
+        cpu: None,
         restore: None,
         descriptors: BTreeMap::new(),
     }
@@ -331,13 +338,13 @@ fn an_agent_starts_a_vm_by_descriptors_and_reads_log_and_exit_record() {
         let mut config = config();
         config.console.log = Some("log".into());
         config.exit_record = Some("record".into());
-        let given = [
+        let given = vec![
             ("kvm", open("/dev/kvm")),
             ("kernel", kernel(code::prints_its_command_line())),
             ("log", open(log.path().to_str().unwrap())),
             ("record", open(record.path().to_str().unwrap())),
         ];
-        assert_eq!(start_by_descriptors(config, &given).end(), ended(0, ""));
+        assert_eq!(start_by_descriptors(config, given, None).end(), ended(0, ""));
         let (mut text, mut json) = (String::new(), String::new());
         log.read_to_string(&mut text).unwrap();
         record.read_to_string(&mut json).unwrap();
@@ -356,8 +363,8 @@ fn a_console_client_reads_what_was_printed_and_types() {
         let mut config = config();
         config.console.listener = Some("console".into());
         let given =
-            [("kvm", open("/dev/kvm")), ("kernel", kernel(code::echoes())), ("console", listener.into())];
-        let vm = start_by_descriptors(config, &given);
+            vec![("kvm", open("/dev/kvm")), ("kernel", kernel(code::echoes())), ("console", listener.into())];
+        let vm = start_by_descriptors(config, given, None);
         let mut client = UnixStream::connect(&path).unwrap();
         let mut text = [0; 1];
         client.read_exact(&mut text).unwrap();
@@ -372,7 +379,7 @@ fn a_console_client_reads_what_was_printed_and_types() {
 #[test]
 fn a_descriptor_that_is_not_kvm_is_told_as_a_problem_of_the_host() {
     let given = [("kvm", open("/dev/null")), ("kernel", kernel(code::entered_by_pvh()))];
-    let end = start_by_descriptors(config(), &given).end();
+    let end = start_by_descriptors(config(), given.into(), None).end();
     assert_eq!(end.code, Some(3));
     assert!(end.problems.contains("is it /dev/kvm?"), "{end:?}");
 }

@@ -1,7 +1,7 @@
 //! One VMM process of a test: started as a user or an agent starts it, with its seccomp filters on.
 
 use std::io::{self, Read, Write};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
@@ -10,6 +10,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 use std::time::Duration;
 
+use blixard_vmm::passing;
 use blixard_vmm::probe::{self, Answer};
 use blixard_vmm_api::control::{FromVmm, MESSAGE_BYTES_MAX, Reply, Request, Status};
 use tempfile::TempDir;
@@ -70,6 +71,15 @@ impl Vm {
         command.args(["run", "--kernel"]).arg(path);
         let place = directory.path().to_str().unwrap();
         command.args(arguments.iter().map(|a| a.replace("DIR", place)));
+        Self::spawn(command, directory)
+    }
+
+    /// Runs without a kernel.
+    pub fn run_without_kernel(arguments: &[&str]) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_blixard-vmm"));
+        let place = directory.path().to_str().unwrap();
+        command.arg("run").args(arguments.iter().map(|a| a.replace("DIR", place)));
         Self::spawn(command, directory)
     }
 
@@ -141,8 +151,58 @@ impl Vm {
     }
 }
 
+impl Vm {
+    /// Waits until the control socket is there.
+    pub fn wait_for_control(&self) -> Control {
+        self.try_control().expect("the VM has ended")
+    }
+
+    /// Waits until the control socket is there; none when the VM has ended before.
+    pub fn try_control(&self) -> Option<Control> {
+        loop {
+            if let Ok(socket) = connect(&self.path("control")) {
+                return Some(Control(socket));
+            }
+            let mut info = std::mem::MaybeUninit::<libc::siginfo_t>::zeroed();
+            let flags = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
+            // SAFETY: the pointer is to a structure that the call fills; the child stays to be waited for.
+            let found = unsafe { libc::waitid(libc::P_PID, self.child.id(), info.as_mut_ptr(), flags) };
+            // SAFETY: zeros are a valid structure, and the call filled it or left it.
+            let pid = unsafe { info.assume_init().si_pid() };
+            if found == 0 && pid != 0 {
+                return None;
+            }
+            thread::yield_now();
+        }
+    }
+}
+
 /// A connection to a control socket.
 pub struct Control(OwnedFd);
+
+/// A listening SEQPACKET socket.
+pub fn listen(path: &Path) -> OwnedFd {
+    // SAFETY: no pointers are involved.
+    let fd = unsafe { libc::socket(libc::AF_UNIX, libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC, 0) };
+    assert!(fd >= 0);
+    // SAFETY: the descriptor was just made and nobody else owns it.
+    let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+    let address = address(path);
+    let size = size_of::<libc::sockaddr_un>() as u32;
+    // SAFETY: the pointer is to an address of that size.
+    assert_eq!(unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), size) }, 0);
+    // SAFETY: no pointers are involved.
+    assert_eq!(unsafe { libc::listen(socket.as_raw_fd(), 16) }, 0);
+    socket
+}
+
+fn address(path: &Path) -> libc::sockaddr_un {
+    let mut address = libc::sockaddr_un { sun_family: 1, sun_path: [0; 108] };
+    for (to, from) in address.sun_path.iter_mut().zip(path.as_os_str().as_bytes()) {
+        *to = from.cast_signed();
+    }
+    address
+}
 
 fn connect(path: &Path) -> io::Result<OwnedFd> {
     // SAFETY: no pointers are involved.
@@ -150,10 +210,7 @@ fn connect(path: &Path) -> io::Result<OwnedFd> {
     assert!(fd >= 0);
     // SAFETY: the descriptor was just made and nobody else owns it.
     let socket = unsafe { OwnedFd::from_raw_fd(fd) };
-    let mut address = libc::sockaddr_un { sun_family: 1, sun_path: [0; 108] };
-    for (to, from) in address.sun_path.iter_mut().zip(path.as_os_str().as_bytes()) {
-        *to = from.cast_signed();
-    }
+    let address = address(path);
     let size = size_of::<libc::sockaddr_un>() as u32;
     // SAFETY: the pointer is to an address of that size.
     match unsafe { libc::connect(socket.as_raw_fd(), (&raw const address).cast(), size) } {
@@ -185,6 +242,20 @@ impl Control {
         self.send(&serde_json::to_vec(request).unwrap());
         match self.receive() {
             Some(FromVmm::Reply(reply)) => reply,
+            other => panic!("{other:?} instead of a reply"),
+        }
+    }
+
+    /// Asks with descriptors beside the request, and gets the answer with those beside it.
+    pub fn ask_with(&self, request: &Request, beside: &[RawFd]) -> (Reply, Vec<OwnedFd>) {
+        assert!(passing::send(&self.0, &serde_json::to_vec(request).unwrap(), beside));
+        let mut bytes = vec![0; MESSAGE_BYTES_MAX];
+        let mut ready = libc::pollfd { fd: self.0.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        // SAFETY: the pointer is to one entry.
+        assert_eq!(unsafe { libc::poll(&raw mut ready, 1, LIMIT.as_millis() as i32) }, 1);
+        let received = passing::receive(&self.0, &mut bytes).unwrap().unwrap();
+        match serde_json::from_slice(&bytes[..received.length]).unwrap() {
+            FromVmm::Reply(reply) => (reply, received.descriptors),
             other => panic!("{other:?} instead of a reply"),
         }
     }

@@ -7,8 +7,8 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use super::aml;
 use crate::layout::{
-    ACPI, ECAM, IOAPIC, LOCAL_APIC, PCI_WINDOW, RESET_PORT, SERIAL_PIN, SERIAL_PORT, SERIAL_PORTS,
-    SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT,
+    ACPI, ECAM, EVENT_PIN, GENERATION, IOAPIC, LOCAL_APIC, PCI_WINDOW, RESET_PORT, SERIAL_PIN, SERIAL_PORT,
+    SERIAL_PORTS, SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT,
 };
 use crate::virtio::device::GuestMemory;
 
@@ -165,9 +165,31 @@ fn dsdt() -> Vec<u8> {
             ),
         ],
     );
+    // The generation counter (Microsoft, "Virtual Machine Generation ID"): its name is longer than a hardware id may be, so
+    // Linux also knows it by another one.
+    let [low, high] = [GENERATION.start & 0xFFFF_FFFF, GENERATION.start >> 32].map(aml::integer);
+    let generation = aml::device(
+        *b"VGEN",
+        &[
+            aml::name(*b"_HID", &aml::string("VMGENCTR")),
+            aml::name(*b"_CID", &aml::string("VM_Gen_Counter")),
+            aml::name(*b"_DDN", &aml::string("VM_Gen_Counter")),
+            aml::name(*b"ADDR", &aml::package(&[low, high])),
+        ],
+    );
+    // Generic event device (section 5.6.9): its interrupt says that the generation has changed.
+    let events = aml::device(
+        *b"GED0",
+        &[
+            aml::name(*b"_HID", &aml::string("ACPI0013")),
+            aml::name(*b"_UID", &aml::integer(0)),
+            aml::name(*b"_CRS", &aml::resources(&[aml::interrupt(EVENT_PIN.into())])),
+            aml::method(*b"_EVT", 1, &[aml::notify(*b"VGEN", 0x80)]),
+        ],
+    );
     let off = aml::integer(SLEEP_TYPE_S5.into());
     let sleep = aml::name(*b"_S5_", &aml::package(&[off.clone(), off, aml::integer(0), aml::integer(0)]));
-    [aml::scope(*b"_SB_", &[bridge, board, serial]), sleep].concat()
+    [aml::scope(*b"_SB_", &[bridge, board, serial, generation, events]), sleep].concat()
 }
 
 #[cfg(test)]

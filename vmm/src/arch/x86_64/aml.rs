@@ -16,6 +16,23 @@ pub fn scope(name: [u8; 4], body: &[Vec<u8>]) -> Vec<u8> {
         .concat()
 }
 
+/// A string of printable ASCII.
+pub fn string(text: &str) -> Vec<u8> {
+    [&[0x0D], text.as_bytes(), &[0]].concat()
+}
+
+/// `Method (NAME, arguments, NotSerialized) { body }`.
+pub fn method(name: [u8; 4], arguments: u8, body: &[Vec<u8>]) -> Vec<u8> {
+    let flags = [arguments & 7];
+    let inside = [name.as_slice(), &flags, body.concat().as_slice()].concat();
+    [&[0x14], package_with_length(&inside).as_slice()].concat()
+}
+
+/// `Notify (NAME, value)`.
+pub fn notify(name: [u8; 4], value: u8) -> Vec<u8> {
+    [&[0x86], name.as_slice(), &integer(value.into())].concat()
+}
+
 /// `Package () { elements }`.
 pub fn package(elements: &[Vec<u8>]) -> Vec<u8> {
     let count = u8::try_from(elements.len()).unwrap_or(u8::MAX);

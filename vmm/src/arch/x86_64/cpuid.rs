@@ -5,6 +5,8 @@
 
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 
+use blixard_vmm_api::cpu::{CpuBaseline, CpuFeatures};
+
 use crate::snapshot::codec::{Invalid, Reader, Writer};
 use crate::snapshot::plain;
 
@@ -137,6 +139,56 @@ impl Template {
         Ok(())
     }
 
+    /// What of the set are features.
+    pub fn baseline(&self) -> CpuBaseline {
+        let vendor = self.find(0, 0).unwrap_or_default();
+        let name: Vec<u8> =
+            [vendor.ebx, vendor.edx, vendor.ecx].iter().flat_map(|part| part.to_le_bytes()).collect();
+        let features = self.entries.iter().filter_map(|entry| {
+            let mut bits = [entry.eax, entry.ebx, entry.ecx, entry.edx];
+            for (register, bits) in bits.iter_mut().enumerate() {
+                if !is_features(entry.function, entry.index, register) {
+                    *bits = 0;
+                }
+            }
+            (bits != [0; 4]).then_some(CpuFeatures { leaf: entry.function, subleaf: entry.index, bits })
+        });
+        CpuBaseline { vendor: String::from_utf8_lossy(&name).into_owned(), features: features.collect() }
+    }
+
+    /// Offers no more than `baseline`.
+    ///
+    /// # Errors
+    /// This host has less than that.
+    pub fn limit(&mut self, baseline: &CpuBaseline) -> Result<(), Invalid> {
+        let mine = self.baseline();
+        if mine.vendor != baseline.vendor {
+            return Err(Invalid::Mismatch(format!("cpu: this is a processor of {}", mine.vendor)));
+        }
+        for wanted in &baseline.features {
+            let has = mine.bits(wanted.leaf, wanted.subleaf);
+            for (wanted_bits, has) in wanted.bits.iter().zip(has) {
+                if wanted_bits & !has != 0 {
+                    let (leaf, subleaf, lacking) = (wanted.leaf, wanted.subleaf, wanted_bits & !has);
+                    return Err(Invalid::Mismatch(format!(
+                        "cpu: this host lacks bits {lacking:#x} of CPUID leaf {leaf:#x}, subleaf {subleaf}"
+                    )));
+                }
+            }
+        }
+        for entry in &mut self.entries {
+            let allowed = baseline.bits(entry.function, entry.index);
+            let (function, index) = (entry.function, entry.index);
+            let registers = [&mut entry.eax, &mut entry.ebx, &mut entry.ecx, &mut entry.edx];
+            for (number, (register, allowed)) in registers.into_iter().zip(allowed).enumerate() {
+                if is_features(function, index, number) {
+                    *register &= allowed;
+                }
+            }
+        }
+        Ok(())
+    }
+
     fn find(&self, function: u32, index: u32) -> Option<kvm_cpuid_entry2> {
         self.entries.iter().find(|e| (e.function, e.index) == (function, index)).copied()
     }
@@ -211,6 +263,23 @@ mod tests {
         let cores = find(&cpuid, 0xB, 1);
         assert_eq!((cores.eax, cores.ebx, cores.edx), (3, 6, 5));
         assert!(!cpuid.as_slice().iter().any(|e| e.function == 0x1F));
+    }
+
+    #[test]
+    fn a_guest_of_a_baseline_goes_on_wherever_the_baseline_is() {
+        let host = |bits: u32| {
+            let mut entries = supported();
+            entries[1].ecx &= bits;
+            Template::new(&entries, 1, true)
+        };
+        let (old, new) = (host(0xF0F0_F0F0), host(0xFFFF_0000));
+        let both = old.baseline().intersect(&new.baseline()).unwrap();
+        let mut guest = host(0xFFFF_0000);
+        guest.limit(&both).unwrap();
+        guest.check_on(&old).unwrap();
+        guest.check_on(&new).unwrap();
+        assert!(new.check_on(&old).unwrap_err().to_string().contains("CPUID leaf 0x1, subleaf 0, ECX"));
+        assert!(host(0).limit(&both).unwrap_err().to_string().contains("this host lacks"));
     }
 
     #[test]
