@@ -15,6 +15,7 @@ use super::guest_driver::{Buffer, Machine};
 use super::vsock::{Vsock, VsockError};
 use super::vsock_link::LinkSender;
 use super::vsock_packet::{Header, Operation, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
+use crate::snapshot::codec::Reader;
 
 const CID: u32 = 42;
 /// What the guest promises per stream.
@@ -631,4 +632,23 @@ proptest! {
         guest.offer(32);
         guest.stream(1);
     }
+}
+
+#[test]
+fn a_restored_guest_is_told_once_that_its_streams_are_gone() {
+    let mut guest = Guest::new();
+    guest.machine.reset();
+    guest.machine.device.restore(&mut Reader::new(&[])).unwrap();
+    guest.machine.activate();
+    let at = guest.machine.buffers + 0x40_0000;
+    guest.machine.put(at, &[9; 16]);
+    let mut post = |at| {
+        let head = guest.machine.queues[2].post(&[Buffer::Writable(at, 8)]).unwrap();
+        guest.machine.kick(2);
+        (head, guest.machine.queues[2].take_used())
+    };
+    let (head, used) = post(at);
+    assert_eq!(used, Some((head, 4)));
+    assert_eq!(post(at + 8).1, None);
+    assert_eq!(guest.machine.get(at, 16), [[0; 4].as_slice(), &[9; 12]].concat());
 }

@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use blixard_vmm::snapshot::file::crc32c;
@@ -223,7 +224,8 @@ fn children_and_parent_go_on_from_the_same_letter_and_diverge() {
         let third = fork(&in_child);
         assert_eq!((second.len(), third.len()), (4, 4));
         let grandchild = child(&third, 1, 64);
-        [&later, &grandchild].map(hundred);
+        hundred(&later);
+        hundred(&grandchild);
         let behind_second = next(&kill(parent).output, None);
         next(&kill(later).output, Some(behind_second));
         let mut outputs = children.into_iter().map(|child| kill(child).output);
@@ -312,7 +314,7 @@ fn seal(state: &mut [u8], name: &str, content: usize, length: usize) {
 
 fn refusal(snapshot: &Snapshot, state: &[u8]) -> Option<Ended> {
     std::fs::write(snapshot.path("state"), state).unwrap();
-    let vm = restore(snapshot, &[], &["--paused"]);
+    let vm = restore(snapshot, &[], &["--rng", "--paused"]);
     if let Some(control) = vm.try_control() {
         control.send(&serde_json::to_vec(&Request::Kill).unwrap());
     }
@@ -340,24 +342,26 @@ fn a_hostile_snapshot_is_refused_by_section_or_harmless_and_never_a_panic() {
         let mut newer = state.clone();
         newer[8] = 2;
         refused(&newer, "header: version 2");
+        let mut harmless = 0;
         for (name, content, length) in sections(&state) {
             let mut damaged = state.clone();
             damaged[content + length / 2] ^= 1;
             refused(&damaged, &format!("section {name}: checksum"));
             // With the right checksum the content itself is looked at: first, middle, last, and some between.
-            let mut accepted = 0;
             for place in [0, 1, length / 3, length / 2, length - 1] {
                 let mut changed = state.clone();
                 changed[content + place] ^= 0x55;
                 seal(&mut changed, &name, content, length);
                 match refusal(&snapshot, &changed) {
-                    Some(end) => assert!(end.problems.contains(&name), "{name}+{place}: {end:?}"),
-                    None => accepted += 1,
+                    // The front end takes the shape of the machine from the snapshot and refuses what cannot be.
+                    Some(end) => {
+                        assert!(end.problems.contains(&name) || name == "machine", "{name}+{place}: {end:?}")
+                    }
+                    None => harmless += 1,
                 }
             }
-            assert!(accepted < 5 || name.starts_with("clock") || name.starts_with("pci"), "{name}");
         }
-        std::fs::write(snapshot.path("state"), &state).unwrap();
+        assert!(harmless < 30, "{harmless} changes were not noticed");
         let short = File::options().write(true).open(snapshot.path("memory")).unwrap();
         short.set_len(1 << 20).unwrap();
         refused(&state, "memory file: 1048576 bytes");
@@ -380,9 +384,67 @@ fn a_vm_of_another_shape_is_refused() {
     }
 }
 
-/// Writes the kernel of [`code::prints_letters`] where `KERNEL` says, for trying things by hand.
+/// Where the snapshots of all versions are kept.
+fn golden(version: u32) -> std::path::PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/golden/{version}"))
+}
+
+/// Guest memory of a golden snapshot: of each page that is not zero its number, the length without zeros at its end, the bytes.
+fn unpack(packed: &[u8], memory: &File) {
+    let mut rest = packed;
+    while let Some((head, tail)) = rest.split_first_chunk::<6>() {
+        let page = u32::from_le_bytes(head[..4].try_into().unwrap());
+        let length = usize::from(u16::from_le_bytes([head[4], head[5]]));
+        memory.write_all_at(&tail[..length], u64::from(page) * 4096).unwrap();
+        rest = &tail[length..];
+    }
+}
+
 #[test]
-#[ignore = "for trying things by hand"]
-fn write_kernel() {
-    std::fs::write(Path::new(&std::env::var("KERNEL").unwrap()), code::prints_letters().elf()).unwrap();
+fn a_golden_snapshot_of_each_version_goes_on_or_is_of_another_processor() {
+    if possible() {
+        for version in 1..=blixard_vmm::snapshot::file::VERSION {
+            let snapshot = Snapshot { directory: tempfile::tempdir().unwrap() };
+            std::fs::copy(golden(version).join("state"), snapshot.path("state")).unwrap();
+            let memory = File::create_new(snapshot.path("memory")).unwrap();
+            memory.set_len(16 << 20).unwrap();
+            unpack(&std::fs::read(golden(version).join("pages")).unwrap(), &memory);
+            let vm = restore(&snapshot, &[], &["--rng", "--paused"]);
+            if let Some(control) = vm.try_control() {
+                control.ask(&Request::Resume);
+                hundred(&vm);
+                let output = kill(vm).output;
+                next(&output, output.bytes().next());
+            } else {
+                // What belongs to the processor of another host; all other sections were written for ever.
+                let end = vm.end();
+                let processor = ["section cpu", "section vcpu.0", "section clock"];
+                assert!(processor.iter().any(|name| end.problems.contains(name)), "{end:?}");
+            }
+        }
+    }
+}
+
+/// Writes the golden snapshot of the present version. To be run once per version.
+#[test]
+#[ignore = "writes into the source tree"]
+fn write_golden() {
+    let arguments = ["--control", "DIR/control", "--rng", "--memory", "16"];
+    let vm = Vm::run(code::prints_letters(), &arguments);
+    hundred(&vm);
+    let (snapshot, _) = Snapshot::take(&vm.control(), SnapshotKind::Full);
+    kill(vm);
+    let place = golden(blixard_vmm::snapshot::file::VERSION);
+    std::fs::create_dir_all(&place).unwrap();
+    std::fs::copy(snapshot.path("state"), place.join("state")).unwrap();
+    let memory = std::fs::read(snapshot.path("memory")).unwrap();
+    let mut packed = vec![];
+    for (number, page) in (0u32..).zip(memory.chunks(4096)) {
+        if let Some(last) = page.iter().rposition(|byte| *byte != 0) {
+            packed.extend(number.to_le_bytes());
+            packed.extend((last as u16 + 1).to_le_bytes());
+            packed.extend(&page[..=last]);
+        }
+    }
+    std::fs::write(place.join("pages"), packed).unwrap();
 }
