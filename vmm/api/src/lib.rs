@@ -6,6 +6,7 @@
 //! * [`control`]: what may be asked of a running VMM, and the events it sends
 //! * [`exit`]: why a VM ended, as a value and as a process exit code
 //! * [`guest`]: what the host tells the guest at boot, and the messages between both over vsock
+//! * [`rate`]: how fast a device may be
 #![forbid(unsafe_code)]
 
 pub mod config;
@@ -15,6 +16,7 @@ pub mod exit;
 pub mod guest;
 pub mod id;
 pub mod snapshot;
+pub mod rate;
 
 pub use config::VmConfig;
 pub use exit::ExitReason;

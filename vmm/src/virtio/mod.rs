@@ -20,6 +20,7 @@ mod net_test;
 pub mod queue;
 #[cfg(test)]
 mod queue_test;
+pub mod rate;
 pub mod rng;
 pub mod socket;
 pub mod transport;
