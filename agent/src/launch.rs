@@ -13,6 +13,7 @@ use blixard_agent_api::plan::NicPlan;
 use blixard_vmm_api::VmConfig;
 use blixard_vmm_api::config::{ConfigError, ConsoleConfig, DiskConfig, NicConfig, VsockConfig};
 use blixard_vmm_api::guest::{GuestConfig, NicAddresses, RootConfig};
+use blixard_vmm_api::rate::RateLimit;
 use blixard_vmm_api::snapshot::MemoryConfig;
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
@@ -100,8 +101,13 @@ pub fn config(plan: &VmPlan, slot: Slot, mtu: u16) -> Result<(VmConfig, Vec<&'st
     names.extend(plan.nic.is_some().then_some("nic-0"));
     let numbers: BTreeMap<String, i32> =
         (FIRST_DESCRIPTOR..).zip(&names).map(|(number, name)| ((*name).to_owned(), number)).collect();
-    let disk =
-        |id: &str, backing: &str, read_only| DiskConfig { id: id.into(), backing: backing.into(), read_only };
+    let disk = |id: &str, backing: &str, read_only| DiskConfig {
+        id: id.into(),
+        serial: None,
+        backing: backing.into(),
+        read_only,
+        limit: RateLimit::default(),
+    };
     let addresses = |nic: &NicPlan| NicAddresses {
         mac: nic.spec.mac,
         addresses: nic.addresses.clone(),
@@ -136,7 +142,10 @@ pub fn config(plan: &VmPlan, slot: Slot, mtu: u16) -> Result<(VmConfig, Vec<&'st
             .map(|nic| NicConfig { id: "nic0".into(), tap: "nic-0".into(), mac: nic.spec.mac, mtu })
             .collect(),
         vsock: Some(VsockConfig { cid: FIRST_CID.saturating_add(slot), listener: "vsock".into() }),
+        pmem: vec![],
         rng: true,
+        rng_limit: RateLimit::default(),
+        balloon: None,
         console: ConsoleConfig {
             log: Some("console-log".into()),
             log_bytes_max: CONSOLE_LOG_BYTES_MAX,

@@ -8,8 +8,11 @@ use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd};
 use blixard_vmm::descriptors::Descriptors;
 use blixard_vmm::snapshot::file::State;
 use blixard_vmm::snapshot::sections::Machine;
-use blixard_vmm_api::config::{ConsoleConfig, DiskConfig, MacAddr, NicConfig, VsockConfig};
+use blixard_vmm_api::config::{
+    BalloonConfig, ConsoleConfig, DiskConfig, MacAddr, NicConfig, PmemConfig, VsockConfig,
+};
 use blixard_vmm_api::cpu::CpuBaseline;
+use blixard_vmm_api::rate::RateLimit;
 use blixard_vmm_api::snapshot::{MemoryConfig, Paging, RestoreConfig, SnapshotFiles};
 use blixard_vmm_api::{ExitReason, VmConfig, VmId};
 
@@ -22,6 +25,8 @@ pub struct Options {
     vcpus: u8,
     memory: u32,
     disks: Vec<(String, bool)>,
+    pmems: Vec<(String, bool)>,
+    balloon: Option<BalloonConfig>,
     taps: Vec<String>,
     vsock: Option<(String, u32)>,
     rng: bool,
@@ -62,11 +67,9 @@ impl Options {
                 "--cmdline" => options.cmdline = value()?,
                 "--vcpus" => options.vcpus = number(word, &value()?)?,
                 "--memory" => options.memory = number(word, &value()?)?,
-                "--disk" => {
-                    let disk = value()?;
-                    let read_only = disk.strip_suffix(",ro");
-                    options.disks.push((read_only.unwrap_or(&disk).to_owned(), read_only.is_some()));
-                }
+                "--disk" => options.disks.push(path_and_mode(&value()?)),
+                "--pmem" => options.pmems.push(path_and_mode(&value()?)),
+                "--balloon" => options.balloon = Some(balloon(word, &value()?)?),
                 "--tap" => options.taps.push(value()?),
                 "--vsock" => {
                     let text = value()?;
@@ -179,7 +182,10 @@ impl Options {
             disks: vec![],
             nics: vec![],
             vsock: None,
+            pmem: vec![],
             rng: self.rng,
+            rng_limit: RateLimit::default(),
+            balloon: self.balloon.clone(),
             console: ConsoleConfig { stdio: true, ..ConsoleConfig::default() },
             control: None,
             exit_record: None,
@@ -198,7 +204,12 @@ impl Options {
         }
         for (number, (path, read_only)) in self.disks.iter().enumerate() {
             let backing = opened.keep(&format!("disk{number}"), open(path, *read_only)?);
-            config.disks.push(DiskConfig { id: format!("disk{number}"), backing, read_only: *read_only });
+            let (id, limit) = (format!("disk{number}"), RateLimit::default());
+            config.disks.push(DiskConfig { id, serial: None, backing, read_only: *read_only, limit });
+        }
+        for (number, (path, read_only)) in self.pmems.iter().enumerate() {
+            let backing = opened.keep(&format!("pmem{number}"), open(path, *read_only)?);
+            config.pmem.push(PmemConfig { id: format!("pmem{number}"), backing, read_only: *read_only });
         }
         for (number, name) in (0u8..).zip(&self.taps) {
             let tap = tap(name).map_err(|error| host(&format!("--tap {name}"), &error))?;
@@ -260,6 +271,29 @@ impl Options {
         });
         Ok(())
     }
+}
+
+/// `PATH` or `PATH,ro`.
+fn path_and_mode(text: &str) -> (String, bool) {
+    let read_only = text.strip_suffix(",ro");
+    (read_only.unwrap_or(text).to_owned(), read_only.is_some())
+}
+
+/// `MIB` with any of `,oom`, `,reporting`, `,hinting`, `,statistics=SECONDS`.
+fn balloon(word: &str, text: &str) -> Result<BalloonConfig, String> {
+    let mut parts = text.split(',');
+    let target_mib = number(word, parts.next().unwrap_or_default())?;
+    let mut config = BalloonConfig { target_mib, ..BalloonConfig::default() };
+    for part in parts {
+        match part.split_once('=') {
+            None if part == "oom" => config.deflate_on_oom = true,
+            None if part == "reporting" => config.free_page_reporting = true,
+            None if part == "hinting" => config.free_page_hinting = true,
+            Some(("statistics", seconds)) => config.statistics_s = number(word, seconds)?,
+            _ => return Err(format!("{word}: {part}: no such thing")),
+        }
+    }
+    Ok(config)
 }
 
 fn number<N: std::str::FromStr>(word: &str, text: &str) -> Result<N, String> {

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use kvm_bindings::{
     KVM_API_VERSION, KVM_CAP_SPLIT_IRQCHIP, KVM_CLOCK_REALTIME, KVM_MAX_CPUID_ENTRIES,
-    KVM_MEM_LOG_DIRTY_PAGES, kvm_clock_data, kvm_enable_cap, kvm_userspace_memory_region,
+    KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, kvm_clock_data, kvm_enable_cap, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
@@ -17,6 +17,7 @@ use crate::arch::x86_64::cpuid::Template;
 use crate::arch::x86_64::vcpu_state::HostState;
 use crate::layout::{IOAPIC_PINS, KVM_TSS};
 use crate::virtio::device::GuestMemory;
+use crate::virtio::pmem::Mapping;
 
 /// Why the kernel does not give us a VM.
 #[derive(Debug, thiserror::Error)]
@@ -100,6 +101,24 @@ impl Vm {
     /// The kernel refuses.
     pub fn take_log(&self, slot: u32, bytes: usize) -> Result<Vec<u64>, KvmError> {
         self.fd.get_dirty_log(slot, bytes).map_err(failed("KVM_GET_DIRTY_LOG"))
+    }
+
+    /// Puts a persistent memory at the guest address `start`. `number` is its slot, behind those of memory. To be called
+    /// before vCPUs exist.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn add_pmem(&self, number: u32, start: u64, mapping: Mapping) -> Result<(), KvmError> {
+        let slot = kvm_userspace_memory_region {
+            slot: number,
+            flags: if mapping.read_only { KVM_MEM_READONLY } else { 0 },
+            guest_phys_addr: start,
+            memory_size: mapping.length,
+            userspace_addr: mapping.address,
+        };
+        // SAFETY: nobody here refers to the content of the mapping, and when it goes with its device the kernel takes it
+        // out of the VM. It lies behind memory and all earlier slots.
+        unsafe { self.fd.set_user_memory_region(slot) }.map_err(failed("KVM_SET_USER_MEMORY_REGION"))
     }
 
     /// What this host can show its guests of the processor.

@@ -9,6 +9,7 @@
 //! 0xFEE0_0000  local APICs (KVM)
 //! 0xFFFB_C000  pages that KVM needs on old Intel processors
 //! 1_0000_0000  high memory: what does not fit below 3 GiB                        RAM
+//! behind it    persistent memories, each from a multiple of 128 MiB on           their files
 //! ```
 
 /// A range of guest physical addresses.
@@ -77,6 +78,15 @@ pub const KVM_PRIVATE: Area = Area::new(0xFFFB_C000, 0x4000);
 pub const KVM_TSS: usize = 0xFFFB_D000;
 /// First address of the memory above the hole.
 pub const HIGH_RAM_START: u64 = 1 << 32;
+
+/// Persistent memories begin at multiples of this: the size of a memory section of Linux on x86-64.
+pub const PMEM_ALIGNMENT: u64 = 128 * MIB;
+
+/// Where the next persistent memory begins, when what is before it ends at `end`; none when addresses are used up. They
+/// are never below the high memory.
+pub fn pmem_start(end: u64) -> Option<u64> {
+    end.max(HIGH_RAM_START).checked_next_multiple_of(PMEM_ALIGNMENT)
+}
 
 /// Ports of the first serial line.
 pub const SERIAL_PORT: u16 = 0x3F8;

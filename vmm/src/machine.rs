@@ -15,6 +15,7 @@ use blixard_vmm_api::config::{ConfigError, VCPUS_MAX};
 use blixard_vmm_api::guest::{Identity, LinkRecord};
 use blixard_vmm_api::{ExitReason, VmConfig};
 use kvm_ioctls::VcpuFd;
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::arch::x86_64::cpuid::Template;
 use crate::boot::{self, BootError};
@@ -27,6 +28,7 @@ use crate::devices::ioapic::IoApic;
 use crate::devices::serial::Serial;
 use crate::interrupt::Routes;
 use crate::kvm::{KvmError, Vm};
+use crate::layout;
 use crate::mailbox::Mailbox;
 use crate::memory::ram::Ram;
 use crate::memory::userfault::Userfault;
@@ -38,9 +40,11 @@ use crate::snapshot::codec::Invalid;
 use crate::snapshot::restore::{Restore, RestoreError};
 use crate::times::Times;
 use crate::vcpu::{self, Begin, VcpuError, Vcpus};
+use crate::virtio::balloon::{Balloon, BalloonError};
 use crate::virtio::block::{Block, BlockError};
 use crate::virtio::device::{Device, GuestMemory};
 use crate::virtio::net::{Net, NetError};
+use crate::virtio::pmem::{Pmem, PmemError};
 use crate::virtio::rng::{self, Rng, RngError};
 use crate::virtio::transport::{Transport, first_bar};
 use crate::virtio::vsock::{Vsock, VsockError};
@@ -82,6 +86,21 @@ pub enum StartError {
         #[source]
         source: NetError,
     },
+    /// A persistent memory is refused.
+    #[error("pmem.{id}")]
+    Pmem {
+        /// Its name.
+        id: String,
+        /// What is wrong with it.
+        #[source]
+        source: PmemError,
+    },
+    /// There is no place for a persistent memory.
+    #[error("pmem.{0}: no guest address is left for it")]
+    PmemPlace(String),
+    /// The balloon cannot be made.
+    #[error("balloon")]
+    Balloon(#[source] BalloonError),
     /// The vsock device is refused.
     #[error("vsock")]
     Vsock(#[source] VsockError),
@@ -127,6 +146,8 @@ impl StartError {
             | Self::Boot(_)
             | Self::Block { .. }
             | Self::Net { .. }
+            | Self::Pmem { .. }
+            | Self::PmemPlace(_)
             | Self::Vsock(_)
             | Self::Restore(_)
             | Self::Cpu(_)
@@ -135,6 +156,7 @@ impl StartError {
             | Self::Memory(_)
             | Self::Rng(_)
             | Self::Generation(_)
+            | Self::Balloon(_)
             | Self::Vcpu(_)
             | Self::Sandbox(_)
             | Self::Set { .. } => ExitReason::HostProblem { detail },
@@ -184,9 +206,10 @@ pub struct Running {
     guest: Guest,
 }
 
-/// Devices and their names, in the order in which the guest finds them, and how to ask the guest to stop and to tell it
-/// that it was restored.
-type Devices = (Vec<(String, Box<dyn Device>)>, Option<AskStop>, Option<AskStop>);
+/// Devices and their names, in the order in which the guest finds them.
+type Named = Vec<(String, Box<dyn Device>)>;
+/// The same, and how to ask the guest to stop and to tell it that it was restored.
+type Devices = (Named, Option<AskStop>, Option<AskStop>);
 
 impl<'a> Assembled<'a> {
     /// Makes VM, memory, vCPUs and devices. The order of the KVM calls is the one that does not wait: see [`crate::kvm`].
@@ -198,6 +221,7 @@ impl<'a> Assembled<'a> {
         let from = Source::new(config, &mut given)?;
         let (ram, userfault) = from.ram(config)?;
         vm.set_memory(ram.memory(), ram.is_tracked())?;
+        let pmems = pmems(config, &mut given, &vm, ram.memory())?;
         let mut template = vm.cpuid(config.vcpus)?;
         if let Some(baseline) = &config.cpu {
             template.limit(baseline).map_err(StartError::Cpu)?;
@@ -217,7 +241,9 @@ impl<'a> Assembled<'a> {
             None => None,
         };
         let guest = Guest::default();
-        let (devices, ask_stop, tell_restored) = devices(config, &mut given, &guest, &times)?;
+        let (mut devices, ask_stop, tell_restored) =
+            devices(config, &mut given, &guest, &times, ram.memory())?;
+        devices.extend(pmems);
         let devices = from.in_order(devices)?;
         let slots = slots(devices, &vm, ram.memory(), &mailbox)?;
         let functions = slots.iter().map(|slot| slot.transport.clone() as Arc<dyn Function>).collect();
@@ -381,11 +407,14 @@ fn devices(
     given: &mut Descriptors,
     guest: &Guest,
     times: &Arc<Times>,
+    memory: &GuestMemory,
 ) -> Result<Devices, StartError> {
-    let mut devices: Vec<(String, Box<dyn Device>)> = vec![];
+    let mut devices: Named = vec![];
     for disk in &config.disks {
         let refused = |source| StartError::Block { id: disk.id.clone(), source };
-        let block = Block::new(&disk.id, given.take(&disk.backing)?, disk.read_only).map_err(refused)?;
+        let serial = disk.serial.as_ref().unwrap_or(&disk.id);
+        let backing = given.take(&disk.backing)?;
+        let block = Block::new(serial, backing, disk.read_only, &disk.limit).map_err(refused)?;
         devices.push((format!("blk.{}", disk.id), Box::new(block)));
     }
     for nic in &config.nics {
@@ -412,9 +441,35 @@ fn devices(
         }));
     }
     if config.rng {
-        devices.push(("rng".into(), Box::new(Rng::new().map_err(StartError::Rng)?)));
+        let rng = Rng::with_limit(&config.rng_limit).map_err(StartError::Rng)?;
+        devices.push(("rng".into(), Box::new(rng)));
+    }
+    if let Some(balloon) = &config.balloon {
+        let balloon = Balloon::new(balloon, memory).map_err(StartError::Balloon)?;
+        devices.push(("balloon".into(), Box::new(balloon)));
     }
     Ok((devices, ask_stop, tell_restored))
+}
+
+/// Puts the persistent memories behind memory, in their order.
+fn pmems(
+    config: &VmConfig,
+    given: &mut Descriptors,
+    vm: &Vm,
+    memory: &GuestMemory,
+) -> Result<Named, StartError> {
+    let mut end = memory.iter().map(|region| region.start_addr().0 + region.len()).max().unwrap_or(0);
+    let mut pmems: Named = vec![];
+    for (slot, pmem) in (u32::try_from(memory.num_regions()).unwrap_or(u32::MAX)..).zip(&config.pmem) {
+        let refused = |source| StartError::Pmem { id: pmem.id.clone(), source };
+        let mut device = Pmem::new(given.take(&pmem.backing)?, pmem.read_only).map_err(refused)?;
+        let start = layout::pmem_start(end).ok_or_else(|| StartError::PmemPlace(pmem.id.clone()))?;
+        let mapping = device.place(start);
+        vm.add_pmem(slot, start, mapping)?;
+        end = start.saturating_add(mapping.length);
+        pmems.push((format!("pmem.{}", pmem.id), Box::new(device)));
+    }
+    Ok(pmems)
 }
 
 fn slots(

@@ -20,7 +20,7 @@ use crate::memory::ram::Ram;
 use crate::poll::{DeviceWatch, Owner, Poll};
 use crate::times::{Moment, Times};
 use crate::vcpu::Vcpus;
-use crate::virtio::device::{Activation, Device};
+use crate::virtio::device::{Activation, Device, DeviceRequest};
 use crate::virtio::transport::Transport;
 
 mod at_rest;
@@ -338,8 +338,22 @@ impl Machine {
     }
 }
 
+impl Machine {
+    /// Hands a request to the device of this name.
+    fn ask_device(&mut self, name: &str, request: DeviceRequest, poll: &mut Poll) -> Reply {
+        let found = self.slots.iter_mut().enumerate().find(|(_, slot)| slot.name == name);
+        let Some((device, slot)) = found else {
+            return Reply::Refused { reason: format!("the VM has no device {name:?}") };
+        };
+        match slot.device.on_request(request, &mut DeviceWatch { poll, device }) {
+            Ok(()) => Reply::Done,
+            Err(reason) => Reply::Refused { reason: format!("{name}: {reason}") },
+        }
+    }
+}
+
 impl Answer for Machine {
-    fn answer(&mut self, request: &Request, given: Vec<OwnedFd>, poll: &mut Poll) -> Answered {
+    fn answer(&mut self, request: &Request, mut given: Vec<OwnedFd>, poll: &mut Poll) -> Answered {
         let reply = match request {
             Request::Status | Request::Subscribe => Reply::Status(self.status()),
             Request::Pause => {
@@ -365,6 +379,14 @@ impl Answer for Machine {
             Request::Snapshot(kind) => return self.snapshot(*kind, given, poll),
             Request::Fork => return self.fork(poll),
             Request::WorkingSet => return self.working_set(given),
+            Request::ResizeDisk { id } => self.ask_device(&format!("blk.{id}"), DeviceRequest::Resize, poll),
+            Request::SwapDisk { id } => match given.pop() {
+                Some(backing) => self.ask_device(&format!("blk.{id}"), DeviceRequest::Swap(backing), poll),
+                None => Reply::Refused { reason: "no descriptor was passed beside the request".into() },
+            },
+            Request::SetBalloon { mib } => self.ask_device("balloon", DeviceRequest::Inflate(*mib), poll),
+            Request::StartHinting => self.ask_device("balloon", DeviceRequest::StartHinting, poll),
+            Request::StopHinting => self.ask_device("balloon", DeviceRequest::StopHinting, poll),
         };
         (reply, vec![])
     }

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::cpu::CpuBaseline;
 use crate::guest::GuestConfig;
 use crate::id::VmId;
+use crate::rate::RateLimit;
 use crate::snapshot::{MemoryConfig, RestoreConfig};
 
 /// Most vCPUs of one VM.
@@ -23,6 +24,8 @@ pub const MEMORY_MIB_MAX: u32 = 1 << 20;
 pub const CMDLINE_MAX: usize = 2047;
 /// Most disks of one VM.
 pub const DISKS_MAX: usize = 16;
+/// Most persistent memories of one VM.
+pub const PMEMS_MAX: usize = 8;
 /// Most nics of one VM.
 pub const NICS_MAX: usize = 8;
 /// Largest configuration in bytes that a VMM reads.
@@ -66,9 +69,18 @@ pub struct VmConfig {
     /// Host-guest streams.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vsock: Option<VsockConfig>,
+    /// Persistent memories, in the order in which the guest finds them (`/dev/pmem0`, …).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub pmem: Vec<PmemConfig>,
     /// Entropy device.
     #[serde(default)]
     pub rng: bool,
+    /// How fast the entropy device may be.
+    #[serde(default)]
+    pub rng_limit: RateLimit,
+    /// Memory balloon.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub balloon: Option<BalloonConfig>,
     /// Serial console.
     #[serde(default)]
     pub console: ConsoleConfig,
@@ -98,13 +110,54 @@ pub struct VmConfig {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DiskConfig {
-    /// Name of the device for messages and counters; also its virtio-blk serial number.
+    /// Name of the device for messages and counters.
     pub id: String,
+    /// Its virtio-blk serial number, 1 to 20 letters, digits, - and _; absent: the id.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serial: Option<String>,
     /// The backing file or block device; its size is a multiple of 512 bytes and not 0.
     pub backing: DescriptorName,
     /// Refuse writes. The descriptor may then be read-only.
     #[serde(default)]
     pub read_only: bool,
+    /// How fast it may be.
+    #[serde(default)]
+    pub limit: RateLimit,
+}
+
+/// One virtio-pmem device: a file or block device that is mapped into the guest's physical memory.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PmemConfig {
+    /// Name of the device for messages and counters.
+    pub id: String,
+    /// The backing; its size is a multiple of 2 MiB and not 0.
+    pub backing: DescriptorName,
+    /// The guest cannot write, and all VMs with this backing share one copy in the host's memory. The descriptor may then
+    /// be read-only.
+    #[serde(default)]
+    pub read_only: bool,
+}
+
+/// The virtio-balloon device: memory that the guest does without for a while.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BalloonConfig {
+    /// Size at the start in MiB, less than the memory of the VM.
+    #[serde(default)]
+    pub target_mib: u32,
+    /// The guest takes memory back by itself before it runs out of memory.
+    #[serde(default)]
+    pub deflate_on_oom: bool,
+    /// How often the guest tells its memory statistics, in seconds; 0 for never.
+    #[serde(default)]
+    pub statistics_s: u16,
+    /// The guest tells continuously which pages are free, and they are released.
+    #[serde(default)]
+    pub free_page_reporting: bool,
+    /// The guest can be asked to tell which pages are free, and they are released.
+    #[serde(default)]
+    pub free_page_hinting: bool,
 }
 
 /// One virtio-net device over a TAP descriptor (IFF_TAP, IFF_NO_PI, IFF_VNET_HDR, 12-byte header).
@@ -243,6 +296,21 @@ impl VmConfig {
         for (i, disk) in self.disks.iter().enumerate() {
             check_name(&disk.id, &format!("disks[{i}].id"))?;
             check(ids.insert(&disk.id), &format!("disks[{i}].id"), || "used twice".into())?;
+            if let Some(serial) = &disk.serial {
+                check_name(serial, &format!("disks[{i}].serial"))?;
+            }
+            disk.limit.validate(&format!("disks[{i}].limit"))?;
+        }
+        check(self.pmem.len() <= PMEMS_MAX, "pmem", || format!("more than {PMEMS_MAX}"))?;
+        for (i, pmem) in self.pmem.iter().enumerate() {
+            check_name(&pmem.id, &format!("pmem[{i}].id"))?;
+            check(ids.insert(&pmem.id), &format!("pmem[{i}].id"), || "used twice".into())?;
+        }
+        self.rng_limit.validate("rng_limit")?;
+        if let Some(balloon) = &self.balloon {
+            check(balloon.target_mib < self.memory_mib, "balloon.target_mib", || {
+                format!("{} MiB of {} MiB memory", balloon.target_mib, self.memory_mib)
+            })?;
         }
         for (i, nic) in self.nics.iter().enumerate() {
             check_name(&nic.id, &format!("nics[{i}].id"))?;
@@ -315,6 +383,9 @@ impl VmConfig {
         for (i, disk) in self.disks.iter().enumerate() {
             uses.push((format!("disks[{i}].backing"), &disk.backing));
         }
+        for (i, pmem) in self.pmem.iter().enumerate() {
+            uses.push((format!("pmem[{i}].backing"), &pmem.backing));
+        }
         for (i, nic) in self.nics.iter().enumerate() {
             uses.push((format!("nics[{i}].tap"), &nic.tap));
         }
@@ -335,6 +406,7 @@ fn check_name(name: &str, field: &str) -> Result<(), ConfigError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::rate::Bucket;
 
     fn config() -> VmConfig {
         VmConfig {
@@ -346,10 +418,19 @@ mod tests {
             initramfs: None,
             cmdline: "console=ttyS0".into(),
             guest: None,
-            disks: vec![DiskConfig { id: "root".into(), backing: "disk-root".into(), read_only: true }],
+            disks: vec![DiskConfig {
+                id: "root".into(),
+                serial: None,
+                backing: "disk-root".into(),
+                read_only: true,
+                limit: RateLimit::default(),
+            }],
             nics: vec![],
             vsock: None,
+            pmem: vec![],
             rng: true,
+            rng_limit: RateLimit::default(),
+            balloon: None,
             console: ConsoleConfig::default(),
             control: None,
             exit_record: None,
@@ -385,6 +466,16 @@ mod tests {
         assert_eq!(refused(|c| c.disks[0].backing = "kernel".into()), "disks[0].backing");
         assert_eq!(refused(|c| c.disks[0].backing = "absent".into()), "disks[0].backing");
         assert_eq!(refused(|c| c.disks.clear()), "descriptors.disk-root");
+        assert_eq!(refused(|c| c.disks[0].serial = Some("x".repeat(21))), "disks[0].serial");
+        let empty = Some(Bucket { size: 0, burst: 1, refill_ms: 1 });
+        assert_eq!(refused(|c| c.disks[0].limit.bytes = empty), "disks[0].limit.bytes.size");
+        assert_eq!(refused(|c| c.rng_limit.operations = empty), "rng_limit.operations.size");
+        let pmem = |id: &str| PmemConfig { id: id.into(), backing: "p".into(), read_only: true };
+        assert_eq!(refused(|c| c.pmem = vec![pmem("root")]), "pmem[0].id");
+        assert_eq!(refused(|c| c.pmem = vec![pmem("data")]), "pmem[0].backing");
+        assert_eq!(refused(|c| c.pmem = vec![pmem("x"); PMEMS_MAX + 1]), "pmem");
+        let balloon = BalloonConfig { target_mib: 128, ..BalloonConfig::default() };
+        assert_eq!(refused(|c| c.balloon = Some(balloon)), "balloon.target_mib");
         assert_eq!(refused(|c| c.descriptors.insert("kvm".into(), 1).map_or((), |_| ())), "descriptors.kvm");
         assert_eq!(refused(|c| c.descriptors.insert("kvm".into(), 4).map_or((), |_| ())), "descriptors.kvm");
     }

@@ -48,6 +48,27 @@ pub enum Request {
     /// Writes the working set to the file that is passed beside the request: the pages that were used since a restore with
     /// [`crate::snapshot::Paging::Userfault`].
     WorkingSet,
+    /// Looks at the size of a disk's backing again and tells the guest. A smaller disk is one that lost its end.
+    ResizeDisk {
+        /// The disk.
+        id: String,
+    },
+    /// Goes on with another backing for a disk: the descriptor that is passed beside the request (`SCM_RIGHTS`). What is
+    /// under way is finished on the old one before the answer; all later requests of the guest go to the new one.
+    SwapDisk {
+        /// The disk.
+        id: String,
+    },
+    /// Gives the balloon another target. The guest follows as fast as it can; counters of [`Self::Stats`] tell how far.
+    SetBalloon {
+        /// Memory that the guest shall do without, in MiB, less than all.
+        mib: u32,
+    },
+    /// Asks the guest to tell once which pages are free, and releases them. It ends by itself: `balloon.hinting` of
+    /// [`Self::Stats`] is 1 while it is under way.
+    StartHinting,
+    /// Ends free page hinting before the guest has told all.
+    StopHinting,
 }
 
 /// The answer to a request.
@@ -58,7 +79,8 @@ pub enum Reply {
     Done,
     /// How the VM is.
     Status(Status),
-    /// Counters by name, for example `blk.root.read_bytes`; they only grow during the life of the process.
+    /// Counters by name, for example `blk.root.read_bytes`. They only grow during the life of the process, but for
+    /// those that tell how something is now, as `blk.root.in_flight` and what a balloon's guest says of its memory.
     Stats(std::collections::BTreeMap<String, u64>),
     /// The snapshot is written.
     Snapshot(SnapshotMade),

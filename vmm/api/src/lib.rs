@@ -15,8 +15,8 @@ pub mod cpu;
 pub mod exit;
 pub mod guest;
 pub mod id;
-pub mod snapshot;
 pub mod rate;
+pub mod snapshot;
 
 pub use config::VmConfig;
 pub use exit::ExitReason;

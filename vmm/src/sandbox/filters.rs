@@ -60,6 +60,10 @@ const UFFDIO_WAKE: u64 = 0x8010_AA02;
 const F_ADD_SEALS: u64 = 1033;
 const TCSETS: u64 = 0x5402;
 const BLKDISCARD: u64 = 0x1277;
+const BLKGETSIZE64: u64 = 0x8008_1272;
+const BLKSSZGET: u64 = 0x1268;
+/// `IORING_REGISTER_FILES_UPDATE`.
+const REGISTER_FILES_UPDATE: u64 = 6;
 const TUNSETOFFLOAD: u64 = 0x4004_54D0;
 /// `FALLOC_FL_PUNCH_HOLE` and `FALLOC_FL_KEEP_SIZE`.
 const PUNCH_HOLE: u64 = 3;
@@ -112,6 +116,10 @@ pub const IO: &[Row] = &[
     only(libc::SYS_fallocate, &[(1, PUNCH_HOLE, Only::Equal)]), // blk: discard
     only(libc::SYS_fallocate, &[(1, ZERO_RANGE, Only::Equal)]), // blk: write zeroes
     ioctl!(BLKDISCARD),                  // blk: discard on a block device
+    only(libc::SYS_io_uring_register, &[(1, REGISTER_FILES_UPDATE, Only::Equal)]), // blk: another backing
+    only(libc::SYS_fcntl, &[(1, 3, Only::Equal)]), // blk: F_GETFL of another backing
+    ioctl!(BLKGETSIZE64),
+    ioctl!(BLKSSZGET),
     ioctl!(TUNSETOFFLOAD),               // net: what its driver agreed to, at each activation
     any(libc::SYS_ftruncate),            // the console log starts anew
     any(libc::SYS_timerfd_settime),      // rate limits
@@ -126,7 +134,7 @@ pub const IO: &[Row] = &[
     ioctl!(KVM_GET_DIRTY_LOG),           // snapshot: pages that the guest wrote
     ioctl!(KVM_SET_USER_MEMORY_REGION),  // fork: writes are logged from then on
     any(libc::SYS_lseek),                // snapshot: where the memory file has data
-    any(libc::SYS_fstat),                // snapshot: files that were passed are regular
+    any(libc::SYS_fstat),                // blk: another size or backing; snapshot: files that were passed are regular
     any(libc::SYS_memfd_create),         // fork: the state that children get
     only(libc::SYS_fcntl, &[(1, F_ADD_SEALS, Only::Equal)]), // fork: nobody changes what children share
 ];

@@ -66,19 +66,19 @@ impl Backing {
             return Err(BackingError::Kind);
         }
         check_flags(&file, read_only)?;
-        let (size, block_size) = if is_device { device_size(&file)? } else { (metadata.size(), 512) };
-        if size == 0 {
-            return Err(BackingError::Empty);
-        }
-        if !size.is_multiple_of(SECTOR) {
-            return Err(BackingError::Partial(size));
-        }
-        if i64::try_from(size).is_err() {
-            return Err(BackingError::TooLarge(size));
-        }
+        let (size, block_size) = measure(&file, is_device)?;
         let mut backing = Self { file, size, block_size, is_device, can_discard: false };
         backing.can_discard = !read_only && backing.probe_discard();
         Ok(backing)
+    }
+
+    /// Looks at the size again.
+    ///
+    /// # Errors
+    /// What is wrong with the new size; the old one stays.
+    pub fn refresh(&mut self) -> Result<(), BackingError> {
+        (self.size, _) = measure(&self.file, self.is_device)?;
+        Ok(())
     }
 
     /// The descriptor.
@@ -206,6 +206,25 @@ fn check_flags(file: &File, read_only: bool) -> Result<(), BackingError> {
         return Err(BackingError::Append);
     }
     Ok(())
+}
+
+/// Size and logical block size in bytes.
+fn measure(file: &File, is_device: bool) -> Result<(u64, u32), BackingError> {
+    let (size, block_size) = if is_device {
+        device_size(file)?
+    } else {
+        (file.metadata().map_err(|e| BackingError::Ask("its size", e))?.size(), 512)
+    };
+    if size == 0 {
+        return Err(BackingError::Empty);
+    }
+    if !size.is_multiple_of(SECTOR) {
+        return Err(BackingError::Partial(size));
+    }
+    if i64::try_from(size).is_err() {
+        return Err(BackingError::TooLarge(size));
+    }
+    Ok((size, block_size))
 }
 
 fn device_size(file: &File) -> Result<(u64, u32), BackingError> {

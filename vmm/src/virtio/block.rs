@@ -5,11 +5,15 @@
 //!                  └───► id, discard, zeroes (at once) ─► status, used
 //!                  └───► read, write, flush ─► engine ──► status, used    a chain stays in flight until the engine is done
 //! ```
+//!
+//! A request over the rate limit is held, with all behind it, until the limiter's timer says so. There is one queue: one
+//! thread serves it, so more of them would bring nothing.
 
 use std::io;
 use std::os::fd::{OwnedFd, RawFd};
 use std::sync::Arc;
 
+use blixard_vmm_api::rate::RateLimit;
 use vmm_sys_util::epoll::EventSet;
 
 use super::backing::{Backing, BackingError};
@@ -19,11 +23,15 @@ use super::block_request::{
     parse,
 };
 use super::chain::{Chain, ChainError};
-use super::device::{Activation, ConfigSpace, Device, DeviceKind, GuestMemory, Interrupt, Watch};
+use super::device::{
+    Activation, ConfigSpace, Device, DeviceKind, DeviceRequest, GuestMemory, Interrupt, Watch,
+};
 use super::failure::Failure;
 use super::iovec::IoVecs;
 use super::queue::{Queue, QueueError};
+use super::rate::Limiter;
 use super::turn::Turn;
+use crate::snapshot::codec::{Invalid, Reader as StateReader, Writer as StateWriter};
 
 /// Requests begun before other devices get their turn.
 const REQUESTS_PER_TURN: usize = 64;
@@ -33,6 +41,7 @@ const QUEUE_SIZE: u16 = 256;
 const QUEUE_SIZES: [u16; 1] = [QUEUE_SIZE];
 const TURN: u64 = 0;
 const ENGINE: u64 = 1;
+const LIMIT: u64 = 2;
 
 /// Bits of virtio 1.3 section 5.2.3.
 mod feature {
@@ -71,14 +80,18 @@ enum BlockFailure {
     Event(#[source] io::Error),
     #[error("I/O engine")]
     Engine(#[source] io::Error),
+    #[error("timer of the rate limit")]
+    Limit(#[source] io::Error),
 }
 
 /// The device.
 pub struct Block {
     id: [u8; ID_LENGTH],
     limits: Limits,
+    block_size: u32,
     config: ConfigSpace,
     engine: Engine,
+    limiter: Option<Limiter>,
     /// The engine's descriptor while it is watched.
     watched: Option<RawFd>,
     turn: Turn,
@@ -104,6 +117,8 @@ struct Active {
     memory: Arc<GuestMemory>,
     queue: Queue,
     interrupt: Arc<dyn Interrupt>,
+    /// The newest request, when the rate limit does not admit it yet.
+    held: Option<Chain>,
     /// Requests with the engine, by the head of their chain.
     in_flight: Vec<Option<InFlight>>,
     spare: Vec<IoVecs>,
@@ -124,8 +139,8 @@ impl Block {
     ///
     /// # Errors
     /// What is wrong with the serial number or the backing.
-    pub fn new(id: &str, backing: OwnedFd, read_only: bool) -> Result<Self, BlockError> {
-        Self::with_engine(id, backing, read_only, Engine::new)
+    pub fn new(id: &str, backing: OwnedFd, read_only: bool, limit: &RateLimit) -> Result<Self, BlockError> {
+        Self::with_engine(id, backing, read_only, limit, Engine::new)
     }
 
     /// The same with a chosen engine.
@@ -136,6 +151,7 @@ impl Block {
         id: &str,
         backing: OwnedFd,
         read_only: bool,
+        limit: &RateLimit,
         engine: fn(Backing) -> Engine,
     ) -> Result<Self, BlockError> {
         let fits = (1..=ID_LENGTH).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_graphic());
@@ -148,13 +164,17 @@ impl Block {
         }
         let backing = Backing::new(backing, read_only).map_err(|e| BlockError::Backing(id.to_owned(), e))?;
         let limits = Limits { sectors: backing.sectors(), read_only, discard: backing.can_discard() };
+        let block_size = backing.block_size();
+        let event = |e| BlockError::Event(id.to_owned(), e);
         Ok(Self {
             id: serial,
             limits,
-            config: ConfigSpace::new(config_bytes(limits, backing.block_size())),
+            block_size,
+            config: ConfigSpace::new(config_bytes(limits, block_size)),
             engine: engine(backing),
+            limiter: Limiter::new(limit).map_err(event)?,
             watched: None,
-            turn: Turn::new().map_err(|e| BlockError::Event(id.to_owned(), e))?,
+            turn: Turn::new().map_err(event)?,
             active: None,
             paused: false,
             failure: Failure::default(),
@@ -164,20 +184,62 @@ impl Block {
 
     fn watch(&mut self, watch: &mut dyn Watch) -> io::Result<()> {
         self.turn.watch(watch, TURN)?;
-        if let Some(fd) = self.engine.event_fd() {
-            if let Err(error) = watch.add(fd, EventSet::IN.bits(), ENGINE) {
-                self.turn.unwatch(watch);
-                return Err(error);
+        let timer = self.limiter.as_ref().map_or(Ok(()), |limiter| limiter.watch(watch, LIMIT));
+        let engine = match self.engine.event_fd() {
+            Some(fd) if timer.is_ok() => watch.add(fd, EventSet::IN.bits(), ENGINE).map(|()| Some(fd)),
+            _ => Ok(None),
+        };
+        match (timer, engine) {
+            (Ok(()), Ok(fd)) => {
+                self.watched = fd;
+                Ok(())
             }
-            self.watched = Some(fd);
+            (Ok(()), Err(error)) => {
+                self.unwatch_events(watch);
+                Err(error)
+            }
+            (Err(error), _) => {
+                self.turn.unwatch(watch);
+                Err(error)
+            }
         }
-        Ok(())
     }
 
-    fn unwatch(&mut self, watch: &mut dyn Watch) {
+    fn unwatch_events(&mut self, watch: &mut dyn Watch) {
+        self.turn.unwatch(watch);
+        if let Some(limiter) = &mut self.limiter {
+            limiter.unwatch(watch);
+        }
+    }
+
+    fn unwatch_engine(&mut self, watch: &mut dyn Watch) {
         if let Some(fd) = self.watched.take() {
             watch.remove(fd);
         }
+    }
+
+    /// The disk has another size or another backing: so the driver is told.
+    fn changed(&mut self) {
+        self.limits.sectors = self.engine.backing().sectors();
+        self.limits.discard = self.engine.backing().can_discard();
+        self.config.set(config_bytes(self.limits, self.block_size));
+        if let Some(active) = &self.active {
+            active.interrupt.config_changed();
+        }
+    }
+
+    fn swap(&mut self, backing: OwnedFd, watch: &mut dyn Watch) -> Result<(), String> {
+        let problem = |error: &dyn std::error::Error| crate::chain(error);
+        let backing = Backing::new(backing, self.limits.read_only).map_err(|e| problem(&e))?;
+        if backing.block_size() > self.block_size {
+            let (new, old) = (backing.block_size(), self.block_size);
+            return Err(format!("its blocks have {new} bytes, the guest was told {old}"));
+        }
+        self.act(Active::drain, watch);
+        self.engine.swap(backing).map_err(|e| problem(&e))?;
+        self.changed();
+        self.run(watch);
+        Ok(())
     }
 
     fn run(&mut self, watch: &mut dyn Watch) {
@@ -192,16 +254,22 @@ impl Block {
         watch: &mut dyn Watch,
     ) {
         let Some(active) = self.active.as_mut().filter(|active| active.queue.is_enabled()) else { return };
-        let mut work =
-            Work { id: &self.id, limits: self.limits, engine: &mut self.engine, counts: &mut self.counts };
+        let mut work = Work {
+            id: &self.id,
+            limits: self.limits,
+            engine: &mut self.engine,
+            limiter: self.limiter.as_mut(),
+            counts: &mut self.counts,
+        };
         match act(active, &mut work) {
             Ok(true) => self.turn.ask(),
             Ok(false) => {}
             Err(error) => {
                 active.queue = Queue::disabled(0);
+                active.held = None;
                 self.failure.note(&error, &*active.interrupt);
                 self.engine.drain(&mut Vec::new());
-                self.unwatch(watch);
+                self.unwatch_engine(watch);
             }
         }
     }
@@ -212,6 +280,7 @@ struct Work<'a> {
     id: &'a [u8; ID_LENGTH],
     limits: Limits,
     engine: &'a mut Engine,
+    limiter: Option<&'a mut Limiter>,
     counts: &'a mut Counts,
 }
 
@@ -234,13 +303,19 @@ impl Active {
             if work.engine.is_full() {
                 break;
             }
-            let Some(chain) = self.queue.pop()? else {
-                if self.queue.enable_kicks()? {
-                    continue;
-                }
-                return Ok(false);
+            let chain = match self.held.take() {
+                Some(chain) => chain,
+                None => match self.queue.pop()? {
+                    Some(chain) => chain,
+                    None if self.queue.enable_kicks()? => continue,
+                    None => return Ok(false),
+                },
             };
             self.begin(chain, work)?;
+            if self.held.is_some() {
+                // The limiter's timer wakes us.
+                return Ok(false);
+            }
             // What is done already need not wait for the rest.
             self.publish()?;
             if work.counts.read_bytes + work.counts.write_bytes - before >= BYTES_PER_TURN {
@@ -273,13 +348,22 @@ impl Active {
     }
 
     fn begin(&mut self, chain: Chain, work: &mut Work<'_>) -> Result<(), BlockFailure> {
+        let request = parse(&chain, &self.memory, work.limits)?;
+        if let Some(limiter) = &mut work.limiter {
+            // A held request is read anew when its time has come: then that is what counts and what is done.
+            let (bytes, operations) = request.as_ref().map_or((0, 1), Request::cost);
+            if !limiter.admit(bytes, operations).map_err(BlockFailure::Limit)? {
+                self.held = Some(chain);
+                return Ok(());
+            }
+        }
         let counts = &mut *work.counts;
-        let mut buffers = self.spare.pop().unwrap_or_else(|| IoVecs::new(&self.memory));
-        buffers.clear();
-        let request = match parse(&chain, &self.memory, work.limits)? {
+        let request = match request {
             Ok(request) => request,
             Err(status) => return self.answer(chain, 0, status, counts),
         };
+        let mut buffers = self.spare.pop().unwrap_or_else(|| IoVecs::new(&self.memory));
+        buffers.clear();
         let (operation, filled) = match request {
             Request::Id => {
                 let mut writer = chain.writer(&self.memory);
@@ -431,6 +515,7 @@ impl Device for Block {
             in_flight: (0..queue.size()).map(|_| None).collect(),
             queue,
             interrupt,
+            held: None,
             spare: Vec::new(),
             done: Vec::new(),
             durable: features & feature::FLUSH == 0,
@@ -443,8 +528,10 @@ impl Device for Block {
     }
 
     fn on_event(&mut self, token: u64, _events: u32, watch: &mut dyn Watch) {
-        if token == TURN {
-            self.turn.take();
+        match token {
+            TURN => self.turn.take(),
+            LIMIT => self.limiter.iter_mut().for_each(Limiter::take_timer),
+            _ => {}
         }
         self.run(watch);
     }
@@ -453,9 +540,9 @@ impl Device for Block {
         // Nothing may be written for requests of this driver into the memory of the next one.
         self.engine.drain(&mut Vec::new());
         if self.active.take().is_some() {
-            self.turn.unwatch(watch);
+            self.unwatch_events(watch);
         }
-        self.unwatch(watch);
+        self.unwatch_engine(watch);
         self.failure.clear();
     }
 
@@ -466,6 +553,26 @@ impl Device for Block {
             self.act(Active::drain, watch);
         }
         self.run(watch);
+    }
+
+    fn on_request(&mut self, request: DeviceRequest, watch: &mut dyn Watch) -> Result<(), String> {
+        match request {
+            DeviceRequest::Resize => {
+                self.engine.refresh().map_err(|error| crate::chain(&error))?;
+                self.changed();
+                Ok(())
+            }
+            DeviceRequest::Swap(backing) => self.swap(backing, watch),
+            _ => Err("a disk does nothing of the kind".into()),
+        }
+    }
+
+    fn save(&self, to: &mut StateWriter) {
+        Limiter::save(self.limiter.as_ref(), to);
+    }
+
+    fn restore(&mut self, from: &mut StateReader<'_>) -> Result<(), Invalid> {
+        Limiter::restore(self.limiter.as_mut(), from)
     }
 
     fn failure(&self) -> Option<String> {
@@ -485,6 +592,7 @@ impl Device for Block {
             ("errors", c.errors),
             ("in_flight", self.engine.in_flight() as u64),
             ("io_uring", u64::from(self.engine.event_fd().is_some())),
+            ("limited", self.limiter.as_ref().map_or(0, Limiter::waits)),
             ("failures", self.failure.count()),
         ]
     }

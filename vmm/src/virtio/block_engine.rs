@@ -1,5 +1,7 @@
 //! Read, write and flush on a backing: many at once by io_uring, or one after the other with `preadv` and `pwritev` where
 //! the kernel has no io_uring for us (`kernel.io_uring_disabled`, a seccomp filter, an old kernel).
+//!
+//! What a turn of the device starts is given to the kernel by one call, which also tells what is done already.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -7,7 +9,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use io_uring::register::Restriction;
 use io_uring::{IoUring, opcode, squeue, types};
 
-use super::backing::Backing;
+use super::backing::{Backing, BackingError};
 use super::iovec::IoVecs;
 
 /// Most operations in flight: one ring of this size takes 8 KiB of submissions and 4 KiB of completions.
@@ -73,6 +75,29 @@ impl Engine {
     /// The backing.
     pub fn backing(&self) -> &Backing {
         &self.backing
+    }
+
+    /// Looks at the size of the backing again.
+    ///
+    /// # Errors
+    /// What is wrong with the new size; the old one stays.
+    pub fn refresh(&mut self) -> Result<(), BackingError> {
+        self.backing.refresh()
+    }
+
+    /// Goes on with another backing. Only legal while nothing is in flight.
+    ///
+    /// # Errors
+    /// The kernel refuses; then the old backing stays.
+    pub fn swap(&mut self, backing: Backing) -> io::Result<()> {
+        if self.in_flight() > 0 {
+            return Err(io::ErrorKind::ResourceBusy.into());
+        }
+        if let Some(ring) = &mut self.ring {
+            ring.io.submitter().register_files_update(0, &[backing.fd().as_raw_fd()])?;
+        }
+        self.backing = backing;
+        Ok(())
     }
 
     /// To be watched for input when there is one: then [`Self::poll`] has something. The plain engine has none.
@@ -144,19 +169,28 @@ struct Ring {
     completed: Vec<(u64, i32)>,
 }
 
+/// `IORING_REGISTER_FILES_UPDATE`.
+const REGISTER_FILES_UPDATE: u8 = 6;
 /// The only descriptor of the ring, by its place in the ring's own table.
 const FILE: types::Fixed = types::Fixed(0);
 
 impl Ring {
     fn new(backing: &Backing) -> io::Result<Self> {
-        let io = IoUring::builder().setup_r_disabled().dontfork().build(ENTRIES.into())?;
+        // Completions of a thread that waits in the kernel anyway need not interrupt it (from Linux 5.19).
+        let cooperative =
+            IoUring::builder().setup_r_disabled().setup_coop_taskrun().dontfork().build(ENTRIES.into());
+        let io = cooperative
+            .or_else(|_| IoUring::builder().setup_r_disabled().dontfork().build(ENTRIES.into()))?;
         let submitter = io.submitter();
         submitter.register_files(&[backing.fd().as_raw_fd()])?;
-        // The ring can do these three things with this one descriptor, whatever is written into it.
         // Kernels before 5.15 have no such bound; there the limit of processes is one.
         let _unbounded = submitter.register_iowq_max_workers(&mut WORKERS.clone());
-        // From now on the ring can do these three things with this one descriptor, whatever is written into it.
+        // From now on the ring can read, write and flush this one descriptor, whatever is written into it; and another
+        // one can be put into its place.
         submitter.register_restrictions(&mut [
+            Restriction::register_op(REGISTER_FILES_UPDATE),
+            Restriction::sqe_op(opcode::Read::CODE),
+            Restriction::sqe_op(opcode::Write::CODE),
             Restriction::sqe_op(opcode::Readv::CODE),
             Restriction::sqe_op(opcode::Writev::CODE),
             Restriction::sqe_op(opcode::Fsync::CODE),
@@ -271,13 +305,22 @@ fn is_passing(error: &io::Error) -> bool {
 
 fn entry(slot: &Slot) -> squeue::Entry {
     let (pieces, count) = slot.buffers.raw();
-    match slot.operation {
-        Operation::Read(offset) => opcode::Readv::new(FILE, pieces, count).offset(offset).build(),
-        Operation::Write { offset, durable } => {
+    // One piece, as most small requests have, spares the kernel a look at the list.
+    let single = slot.buffers.single();
+    match (slot.operation, single) {
+        (Operation::Read(offset), Some((address, length))) => {
+            opcode::Read::new(FILE, address, length).offset(offset).build()
+        }
+        (Operation::Write { offset, durable }, Some((address, length))) => {
+            let flags = if durable { libc::RWF_DSYNC } else { 0 };
+            opcode::Write::new(FILE, address, length).offset(offset).rw_flags(flags).build()
+        }
+        (Operation::Read(offset), None) => opcode::Readv::new(FILE, pieces, count).offset(offset).build(),
+        (Operation::Write { offset, durable }, None) => {
             let flags = if durable { libc::RWF_DSYNC } else { 0 };
             opcode::Writev::new(FILE, pieces, count).offset(offset).rw_flags(flags).build()
         }
-        Operation::Flush => opcode::Fsync::new(FILE).flags(types::FsyncFlags::DATASYNC).build(),
+        (Operation::Flush, _) => opcode::Fsync::new(FILE).flags(types::FsyncFlags::DATASYNC).build(),
     }
     .user_data(slot.id.into())
 }

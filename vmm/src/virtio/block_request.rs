@@ -56,6 +56,17 @@ pub enum Request {
     WriteZeroes(Vec<Range>),
 }
 
+impl Request {
+    /// What it spends of a rate limit: bytes transferred and operations. Of the requests with ranges each range is one.
+    pub fn cost(&self) -> (u64, u64) {
+        match self {
+            Self::Read(_, length) | Self::Write(_, length) => (*length as u64, 1),
+            Self::Flush | Self::Id => (0, 1),
+            Self::Discard(ranges) | Self::WriteZeroes(ranges) => (0, ranges.len() as u64),
+        }
+    }
+}
+
 /// Why a chain is no request at all: there is no header, or no place for the status.
 #[derive(Debug, thiserror::Error)]
 pub enum NoRequest {

@@ -6,13 +6,15 @@ use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
+use blixard_vmm_api::rate::{Bucket, RateLimit};
 use proptest::prelude::*;
 
 use super::backing::{Backing, BackingError};
 use super::block::{Block, BlockError};
 use super::block_engine::Engine;
-use super::device::Device;
+use super::device::{Device, DeviceRequest};
 use super::guest_driver::{Buffer, Machine};
+use crate::snapshot::codec::{Reader as StateReader, Writer};
 
 const IN: u32 = 0;
 const OUT: u32 = 1;
@@ -57,7 +59,8 @@ impl Disk {
 
     fn with(content: &[u8], read_only: bool, engine: fn(Backing) -> Engine, features: u64) -> Self {
         let file = file_of(content);
-        let device = Block::with_engine("disk-0", fd_of(&file), read_only, engine).unwrap();
+        let device =
+            Block::with_engine("disk-0", fd_of(&file), read_only, &RateLimit::default(), engine).unwrap();
         Self { machine: Machine::start(device, features, true), file }
     }
 
@@ -97,6 +100,10 @@ impl Disk {
 
     fn status(&mut self, kind: u32, sector: u64, data: &[u8], space: u32) -> u8 {
         self.request(kind, sector, data, space).0
+    }
+
+    fn status_of_swap(&mut self, backing: OwnedFd) -> Result<(), String> {
+        self.machine.device.on_request(DeviceRequest::Swap(backing), &mut self.machine.events)
     }
 
     fn content(&self) -> Vec<u8> {
@@ -184,7 +191,7 @@ fn a_range_longer_than_was_promised_is_refused() {
     disk.machine.reset();
     // Sparse: nothing is stored.
     disk.file.set_len(1 << 30).unwrap();
-    disk.machine.device = Block::new("disk-0", fd_of(&disk.file), false).unwrap();
+    disk.machine.device = Block::new("disk-0", fd_of(&disk.file), false, &RateLimit::default()).unwrap();
     disk.machine.activate();
     let mut config = [0; 60];
     disk.machine.device.config().read(0, &mut config);
@@ -349,7 +356,7 @@ fn io_uring_is_used_where_the_kernel_has_it() {
 
 #[test]
 fn what_cannot_be_a_disk_is_refused_with_the_reason() {
-    let error = |fd: OwnedFd, read_only| match Block::new("d", fd, read_only) {
+    let error = |fd: OwnedFd, read_only| match Block::new("d", fd, read_only, &RateLimit::default()) {
         Err(BlockError::Backing(_, error)) => error,
         Err(other) => panic!("{other}"),
         Ok(_) => panic!("accepted"),
@@ -372,13 +379,125 @@ fn what_cannot_be_a_disk_is_refused_with_the_reason() {
     // SAFETY: the descriptor was just opened and is owned by nobody else; -1 is refused by `from_raw_fd`.
     let by_path = unsafe { OwnedFd::from_raw_fd(by_path) };
     assert!(matches!(error(by_path, true), BackingError::NotReadable));
-    assert!(Block::new("d", open(OpenOptions::new().read(true)), true).is_ok());
+    assert!(Block::new("d", open(OpenOptions::new().read(true)), true, &RateLimit::default()).is_ok());
     for id in ["", "with space", "123456789012345678901", "ü"] {
-        assert!(matches!(Block::new(id, open(OpenOptions::new().read(true)), true), Err(BlockError::Id(_))));
+        assert!(matches!(
+            Block::new(id, open(OpenOptions::new().read(true)), true, &RateLimit::default()),
+            Err(BlockError::Id(_))
+        ));
     }
     let mut unchanged = vec![];
     File::open(&path).unwrap().read_to_end(&mut unchanged).unwrap();
     assert_eq!(unchanged, [0; 1024], "being probed changes nothing, not even the size");
+}
+
+#[test]
+fn a_limited_disk_answers_what_its_buckets_allow_and_the_rest_in_time() {
+    let sectors = |count: u64| Some(Bucket { size: 512 * count, burst: 0, refill_ms: 40 });
+    let requests = |count| Some(Bucket { size: count, burst: 0, refill_ms: 40 });
+    for limit in [
+        RateLimit { bytes: sectors(8), operations: None },
+        RateLimit { bytes: None, operations: requests(8) },
+    ] {
+        for engine in ENGINES {
+            let file = file_of(&pattern(64 * 512));
+            let device = Block::with_engine("disk-0", fd_of(&file), false, &limit, engine).unwrap();
+            let mut disk = Disk { machine: Machine::start(device, F_FLUSH, true), file };
+            let begin = std::time::Instant::now();
+            offer_reads(&mut disk, 24);
+            disk.machine.kick(0);
+            for _ in 0..8 {
+                disk.machine.wait_used(0);
+            }
+            assert_eq!(disk.machine.queues[0].take_used(), None);
+            for _ in 8..24 {
+                disk.machine.wait_used(0);
+            }
+            assert!(begin.elapsed() >= Duration::from_millis(80), "16 more take two refills");
+            assert!(disk.count("limited") > 0);
+            offer_reads(&mut disk, 24);
+            disk.machine.kick(0);
+            disk.machine.reset();
+            assert_eq!(disk.machine.events.watched(), 0, "what is held goes with its driver");
+            disk.machine.activate();
+            assert_eq!(disk.status(IN, 0, &[], 512), OK);
+        }
+    }
+}
+
+#[test]
+fn a_disk_that_grew_is_told_and_used_and_one_that_shrank_refuses_what_is_gone() {
+    let mut disk = Disk::new(&pattern(8 * 512), false);
+    assert_eq!(disk.status(IN, 15, &[], 512), IOERR);
+    disk.file.set_len(16 * 512).unwrap();
+    disk.machine.device.on_request(DeviceRequest::Resize, &mut disk.machine.events).unwrap();
+    assert_eq!(disk.machine.interrupts.config_count(), 1);
+    assert_eq!(disk.machine.device.config().field(0), 16);
+    assert_eq!(disk.status(IN, 15, &[], 512), OK);
+    disk.file.set_len(4 * 512).unwrap();
+    disk.machine.device.on_request(DeviceRequest::Resize, &mut disk.machine.events).unwrap();
+    assert_eq!(disk.status(IN, 4, &[], 512), IOERR);
+    disk.file.set_len(700).unwrap();
+    let error = disk.machine.device.on_request(DeviceRequest::Resize, &mut disk.machine.events).unwrap_err();
+    assert!(error.contains("700 bytes"), "{error}");
+    assert_eq!(disk.machine.device.config().field(0), 4, "the size that was usable stays");
+}
+
+#[test]
+fn a_swapped_backing_gets_all_later_requests_and_the_old_one_all_earlier_ones() {
+    for engine in ENGINES {
+        let mut disk = Disk::with(&pattern(256 * 512), false, engine, F_FLUSH);
+        let new = file_of(&vec![7; 300 * 512]);
+        offer_reads(&mut disk, 200);
+        disk.machine.kick(0);
+        assert_eq!(disk.status_of_swap(fd_of(&new)), Ok(()));
+        assert_eq!(disk.machine.device.config().field(0), 300);
+        for _ in 0..200 {
+            disk.machine.wait_used(0);
+        }
+        let at = disk.machine.buffers;
+        assert_eq!(disk.machine.get(at + 512, 512), pattern(512), "the first was under way before");
+        assert_eq!(disk.status(OUT, 299, &[9; 512], 0), OK);
+        let mut end = [0; 512];
+        new.read_exact_at(&mut end, 299 * 512).unwrap();
+        assert_eq!(end, [9; 512]);
+        assert_eq!(disk.content(), pattern(256 * 512));
+        let (read_only, _other) = std::os::unix::net::UnixStream::pair().unwrap();
+        assert!(disk.status_of_swap(read_only.into()).unwrap_err().contains("neither a regular file"));
+        assert_eq!(disk.status(IN, 299, &[], 512), OK, "the disk goes on with what it has");
+    }
+}
+
+#[test]
+fn a_restored_disk_has_no_more_tokens_than_it_had() {
+    let limit =
+        RateLimit { bytes: Some(Bucket { size: 1024, burst: 0, refill_ms: 60_000 }), operations: None };
+    let file = file_of(&pattern(8 * 512));
+    let disk = |file: &File| Block::new("disk-0", fd_of(file), false, &limit).unwrap();
+    let mut machine = Machine::start(disk(&file), F_FLUSH, true);
+    machine.device.on_pause(true, &mut machine.events);
+    let mut state = Writer::new();
+    machine.device.save(&mut state);
+    let full = state.into_bytes();
+    let mut other = Disk { machine: Machine::start(disk(&file), F_FLUSH, true), file };
+    assert_eq!(other.status(IN, 0, &[], 1024), OK);
+    let mut state = Writer::new();
+    other.machine.device.save(&mut state);
+    let spent = state.into_bytes();
+    for (state, expected) in [(full, 1), (spent, 0)] {
+        let mut restored = Disk {
+            machine: Machine::start(disk(&other.file), F_FLUSH, true),
+            file: fd_of(&other.file).into(),
+        };
+        restored.machine.reset();
+        restored.machine.device.restore(&mut StateReader::new(&state)).unwrap();
+        restored.machine.activate();
+        offer_reads(&mut restored, 1);
+        restored.machine.kick(0);
+        restored.machine.device.on_pause(true, &mut restored.machine.events);
+        let answered = std::iter::from_fn(|| restored.machine.queues[0].take_used()).count();
+        assert_eq!(answered, expected);
+    }
 }
 
 #[derive(Debug, Clone)]

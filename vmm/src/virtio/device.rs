@@ -10,8 +10,9 @@
 //! The PCI transport (registers, MSI-X table) answers vCPU threads; the device itself is touched by the I/O thread only.
 //! What a vCPU reads of the device's configuration is a [`ConfigSpace`] shared by both.
 
-use std::os::fd::RawFd;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::ops::Range;
+use std::os::fd::{OwnedFd, RawFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vm_memory::{GuestMemoryMmap, VolatileSlice};
 
@@ -34,23 +35,40 @@ pub enum DeviceKind {
     Block = 2,
     /// Entropy source.
     Rng = 4,
+    /// Memory balloon.
+    Balloon = 5,
     /// Host-guest streams.
     Vsock = 19,
+    /// Persistent memory.
+    Pmem = 27,
 }
 
 /// Device-specific configuration space, at most 256 bytes, readable by vCPUs while the I/O thread owns the device.
 #[derive(Debug, Clone, Default)]
-pub struct ConfigSpace(Arc<Mutex<Vec<u8>>>);
+pub struct ConfigSpace {
+    bytes: Arc<Mutex<Vec<u8>>>,
+    /// What the driver may write.
+    writable: Range<usize>,
+}
 
 impl ConfigSpace {
     /// A configuration space with this content.
     pub fn new(bytes: Vec<u8>) -> Self {
-        Self(Arc::new(Mutex::new(bytes)))
+        Self::with_writable(bytes, 0..0)
+    }
+
+    /// The same, of which the driver may write a part.
+    pub fn with_writable(bytes: Vec<u8>, writable: Range<usize>) -> Self {
+        Self { bytes: Arc::new(Mutex::new(bytes)), writable }
+    }
+
+    fn bytes(&self) -> MutexGuard<'_, Vec<u8>> {
+        self.bytes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Reads at `offset`; bytes beyond the end read as 0.
     pub fn read(&self, offset: usize, data: &mut [u8]) {
-        let bytes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let bytes = self.bytes();
         data.fill(0);
         let from = bytes.get(offset..).unwrap_or_default();
         for (to, from) in data.iter_mut().zip(from) {
@@ -60,7 +78,28 @@ impl ConfigSpace {
 
     /// Replaces the content (for example after a resize). The caller raises the configuration interrupt.
     pub fn set(&self, new: Vec<u8>) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = new;
+        *self.bytes() = new;
+    }
+
+    /// The driver writes at `offset`; what it may not write stays.
+    pub fn write(&self, offset: usize, data: &[u8]) {
+        let mut bytes = self.bytes();
+        for (at, from) in (offset..).zip(data).filter(|(at, _)| self.writable.contains(at)) {
+            bytes.get_mut(at).into_iter().for_each(|to| *to = *from);
+        }
+    }
+
+    /// The field of four bytes at `offset`.
+    pub fn field(&self, offset: usize) -> u32 {
+        let mut bytes = [0; 4];
+        self.read(offset, &mut bytes);
+        u32::from_le_bytes(bytes)
+    }
+
+    /// The device changes the field of four bytes at `offset`. As [`Self::set`].
+    pub fn set_field(&self, offset: usize, value: u32) {
+        let mut bytes = self.bytes();
+        bytes.iter_mut().skip(offset).zip(value.to_le_bytes()).for_each(|(to, from)| *to = from);
     }
 }
 
@@ -104,6 +143,21 @@ pub trait Watch {
     fn remove(&mut self, fd: RawFd);
 }
 
+/// What is asked of one device over the control socket.
+#[derive(Debug)]
+pub enum DeviceRequest {
+    /// A disk: look at the size of the backing again.
+    Resize,
+    /// A disk: go on with this backing.
+    Swap(OwnedFd),
+    /// A balloon: take or give until it has this many MiB.
+    Inflate(u32),
+    /// A balloon: let the driver tell once which pages are free, and release them.
+    StartHinting,
+    /// A balloon: the driver may use the pages again that it told.
+    StopHinting,
+}
+
 /// A virtio device. All methods but the first four run on the I/O thread and must not block.
 pub trait Device: Send {
     /// Kind of device.
@@ -137,6 +191,13 @@ pub trait Device: Send {
     /// What cannot be.
     fn restore(&mut self, _from: &mut Reader<'_>) -> Result<(), Invalid> {
         Ok(())
+    }
+    /// Does what was asked over the control socket. Default: refuses everything.
+    ///
+    /// # Errors
+    /// What is told to who asked.
+    fn on_request(&mut self, _request: DeviceRequest, _watch: &mut dyn Watch) -> Result<(), String> {
+        Err("this kind of device does nothing of the kind".into())
     }
     /// Why the device asked for a reset, until it gets one.
     fn failure(&self) -> Option<String> {

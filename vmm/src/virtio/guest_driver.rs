@@ -384,7 +384,11 @@ pub struct Machine<D: Device> {
 impl<D: Device> Machine<D> {
     /// Activates `device` with these features in 16 MiB of memory.
     pub fn start(device: D, features: u64, event_idx: bool) -> Self {
-        let memory = guest_memory(16 << 20);
+        Self::with_memory(device, guest_memory(16 << 20), features, event_idx)
+    }
+
+    /// Activates `device` with these features in this memory.
+    pub fn with_memory(device: D, memory: GuestMemory, features: u64, event_idx: bool) -> Self {
         let mut machine = Self {
             device,
             events: EventLoop::new(),

@@ -120,6 +120,14 @@ impl IoVecs {
         (ahead.as_ptr(), u32::try_from(ahead.len()).unwrap_or(0))
     }
 
+    /// The only piece ahead, when there is one only, as address and length for the kernel. Valid as [`Self::raw`].
+    pub fn single(&self) -> Option<(*mut u8, u32)> {
+        match self.list.get(self.first..) {
+            Some([piece]) => Some((piece.iov_base.cast(), u32::try_from(piece.iov_len).ok()?)),
+            _ => None,
+        }
+    }
+
     fn raw_signed(&self) -> (*const libc::iovec, libc::c_int) {
         let (address, count) = self.raw();
         (address, libc::c_int::try_from(count).unwrap_or(0))

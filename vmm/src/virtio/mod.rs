@@ -1,6 +1,10 @@
 //! Virtio devices: the contract, the queues and the devices.
 
 pub mod backing;
+pub mod balloon;
+mod balloon_release;
+#[cfg(test)]
+mod balloon_test;
 pub mod block;
 pub mod block_engine;
 pub mod block_request;
@@ -11,12 +15,17 @@ pub mod device;
 pub mod failure;
 #[cfg(any(test, feature = "guest-driver"))]
 pub mod guest_driver;
+#[cfg(feature = "guest-driver")]
+pub mod hostile;
 pub mod iovec;
 pub mod net;
 mod net_queues;
 pub mod net_tap;
 #[cfg(test)]
 mod net_test;
+pub mod pmem;
+#[cfg(test)]
+mod pmem_test;
 pub mod queue;
 #[cfg(test)]
 mod queue_test;

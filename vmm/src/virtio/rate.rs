@@ -18,6 +18,7 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use super::device::Watch;
 use super::socket;
+use crate::snapshot::codec::{Invalid, Reader, Writer};
 
 const NANOSECONDS_PER_MILLISECOND: u64 = 1_000_000;
 /// Shortest time that a timer is set to: what is held back is let go in batches rather than one by one.
@@ -203,6 +204,37 @@ impl Limiter {
         }
     }
 
+    /// Writes how full the buckets are.
+    pub fn save(limiter: Option<&Self>, to: &mut Writer) {
+        for bucket in limiter.map_or([None; 2], |limiter| [limiter.buckets.bytes, limiter.buckets.operations])
+        {
+            to.bool(bucket.is_some());
+            let (tokens, burst) =
+                bucket.map_or((0, 0), |bucket| (bucket.tokens.min(bucket.size), bucket.burst));
+            to.u64(tokens);
+            to.u64(burst);
+        }
+    }
+
+    /// Takes what [`Self::save`] wrote: buckets are as full as they were, or as full as they can be when they have become
+    /// smaller, so that nobody gets a burst anew by being restored. A bucket that was not limited before begins full.
+    ///
+    /// # Errors
+    /// The state is cut short.
+    pub fn restore(limiter: Option<&mut Self>, from: &mut Reader<'_>) -> Result<(), Invalid> {
+        let mut unlimited = Buckets { bytes: None, operations: None };
+        let buckets = limiter.map_or(&mut unlimited, |limiter| &mut limiter.buckets);
+        for bucket in [&mut buckets.bytes, &mut buckets.operations] {
+            let was = from.bool("rate limit")?;
+            let (tokens, burst) = (from.u64("tokens")?, from.u64("burst")?);
+            if let Some(bucket) = bucket.as_mut().filter(|_| was) {
+                bucket.tokens = tokens.min(bucket.size);
+                bucket.burst = burst.min(bucket.burst);
+            }
+        }
+        Ok(())
+    }
+
     /// How often something had to wait.
     pub fn waits(&self) -> u64 {
         self.waits
@@ -290,6 +322,27 @@ mod tests {
         let mut wanted = libc::pollfd { fd: timer.as_raw_fd(), events: libc::POLLIN, revents: 0 };
         // SAFETY: the pointer is to one pollfd, which outlives the call.
         unsafe { libc::poll(&raw mut wanted, 1, 10_000) == 1 }
+    }
+
+    #[test]
+    fn a_spent_bucket_is_restored_as_spent() {
+        let limit =
+            |size| RateLimit { bytes: Some(Bucket { size, burst: 5, refill_ms: 1000 }), operations: None };
+        let mut limiter = Limiter::new(&limit(100)).unwrap().unwrap();
+        assert_eq!(limiter.buckets.take(95, 0, limiter.buckets.bytes.unwrap().filled_at), Ok(()));
+        let mut state = Writer::new();
+        Limiter::save(Some(&limiter), &mut state);
+        let state = state.into_bytes();
+        for (size, tokens) in [(100, 10), (3, 3)] {
+            let mut restored = Limiter::new(&limit(size)).unwrap().unwrap();
+            Limiter::restore(Some(&mut restored), &mut Reader::new(&state)).unwrap();
+            let bucket = restored.buckets.bytes.unwrap();
+            assert_eq!((bucket.tokens, bucket.burst), (tokens, 0));
+        }
+        let mut reader = Reader::new(&state);
+        Limiter::restore(None, &mut reader).unwrap();
+        assert_eq!(reader.end(), Ok(()));
+        assert!(Limiter::restore(None, &mut Reader::new(&state[1..])).is_err());
     }
 
     #[test]

@@ -3,11 +3,15 @@
 use std::io;
 use std::sync::Arc;
 
+use blixard_vmm_api::rate::RateLimit;
+
 use super::chain::{Chain, ChainError};
 use super::device::{Activation, ConfigSpace, Device, DeviceKind, GuestMemory, Interrupt, Watch};
 use super::failure::Failure;
 use super::queue::{Queue, QueueError};
+use super::rate::Limiter;
 use super::turn::Turn;
+use crate::snapshot::codec::{Invalid, Reader as StateReader, Writer as StateWriter};
 
 /// Most bytes given for one request. A driver asks again when it wants more (virtio 1.3 section 5.4.6.2: one byte is
 /// enough), so that a request of 4 GiB does not hold up the I/O thread.
@@ -16,6 +20,7 @@ pub const BYTES_MAX: usize = 64 << 10;
 const REQUESTS_PER_TURN: usize = 16;
 const QUEUE_SIZES: [u16; 1] = [64];
 const TURN: u64 = 0;
+const LIMIT: u64 = 1;
 
 /// Why the device stopped until its next reset.
 #[derive(Debug, thiserror::Error)]
@@ -38,6 +43,7 @@ pub enum RngError {
 pub struct Rng {
     config: ConfigSpace,
     turn: Turn,
+    limiter: Option<Limiter>,
     active: Option<Active>,
     paused: bool,
     requests: u64,
@@ -49,6 +55,8 @@ struct Active {
     memory: GuestMemory,
     queue: Queue,
     interrupt: Arc<dyn Interrupt>,
+    /// The newest request, when the rate limit does not admit it yet.
+    held: Option<Chain>,
 }
 
 impl Rng {
@@ -57,9 +65,18 @@ impl Rng {
     /// # Errors
     /// [`RngError::Event`].
     pub fn new() -> Result<Self, RngError> {
+        Self::with_limit(&RateLimit::default())
+    }
+
+    /// A device that gives no more than this.
+    ///
+    /// # Errors
+    /// [`RngError::Event`].
+    pub fn with_limit(limit: &RateLimit) -> Result<Self, RngError> {
         Ok(Self {
             config: ConfigSpace::default(),
             turn: Turn::new().map_err(RngError::Event)?,
+            limiter: Limiter::new(limit).map_err(RngError::Event)?,
             active: None,
             paused: false,
             requests: 0,
@@ -71,12 +88,13 @@ impl Rng {
     fn run(&mut self) {
         let Some(active) = self.active.as_mut().filter(|_| !self.paused) else { return };
         let mut served = Served::default();
-        match active.serve(&mut served) {
+        match active.serve(&mut served, self.limiter.as_mut()) {
             Ok(true) => self.turn.ask(),
             Ok(false) => {}
             Err(error) => {
                 self.failure.note(&error, &*active.interrupt);
                 active.queue = Queue::disabled(0);
+                active.held = None;
             }
         }
         self.requests += served.requests;
@@ -92,14 +110,24 @@ struct Served {
 
 impl Active {
     /// Serves requests; true when there are more.
-    fn serve(&mut self, served: &mut Served) -> Result<bool, RngError> {
+    fn serve(&mut self, served: &mut Served, mut limiter: Option<&mut Limiter>) -> Result<bool, RngError> {
         for _ in 0..REQUESTS_PER_TURN {
-            let Some(chain) = self.queue.pop()? else {
-                if self.queue.enable_kicks()? {
-                    continue;
-                }
-                return Ok(false);
+            let chain = match self.held.take() {
+                Some(chain) => chain,
+                None => match self.queue.pop()? {
+                    Some(chain) => chain,
+                    None if self.queue.enable_kicks()? => continue,
+                    None => return Ok(false),
+                },
             };
+            if let Some(limiter) = &mut limiter {
+                let wanted = u64::from(chain.writable_length()).min(BYTES_MAX as u64);
+                if !limiter.admit(wanted, 1).map_err(RngError::Event)? {
+                    // The limiter's timer wakes us.
+                    self.held = Some(chain);
+                    return Ok(false);
+                }
+            }
             let written = self.fill(&chain)?;
             self.queue.add_used(chain, written)?;
             served.requests += 1;
@@ -168,11 +196,14 @@ impl Device for Rng {
     fn activate(&mut self, activation: Activation, watch: &mut dyn Watch) {
         let Activation { memory, queues, interrupt, .. } = activation;
         let queue = queues.into_iter().next().unwrap_or_else(|| Queue::disabled(0));
-        if let Err(error) = self.turn.watch(watch, TURN) {
+        let timer = |watch: &mut dyn Watch| self.limiter.as_ref().map_or(Ok(()), |l| l.watch(watch, LIMIT));
+        let watched = timer(watch).and_then(|()| self.turn.watch(watch, TURN));
+        if let Err(error) = watched {
+            self.limiter.iter_mut().for_each(|limiter| limiter.unwatch(watch));
             self.failure.note(&RngError::Event(error), &*interrupt);
             return;
         }
-        self.active = Some(Active { memory, queue, interrupt });
+        self.active = Some(Active { memory, queue, interrupt, held: None });
         self.run();
     }
 
@@ -180,14 +211,18 @@ impl Device for Rng {
         self.run();
     }
 
-    fn on_event(&mut self, _token: u64, _events: u32, _watch: &mut dyn Watch) {
-        self.turn.take();
+    fn on_event(&mut self, token: u64, _events: u32, _watch: &mut dyn Watch) {
+        match token {
+            LIMIT => self.limiter.iter_mut().for_each(Limiter::take_timer),
+            _ => self.turn.take(),
+        }
         self.run();
     }
 
     fn deactivate(&mut self, watch: &mut dyn Watch) {
         if self.active.take().is_some() {
             self.turn.unwatch(watch);
+            self.limiter.iter_mut().for_each(|limiter| limiter.unwatch(watch));
         }
         self.failure.clear();
     }
@@ -197,12 +232,26 @@ impl Device for Rng {
         self.run();
     }
 
+    fn save(&self, to: &mut StateWriter) {
+        Limiter::save(self.limiter.as_ref(), to);
+    }
+
+    fn restore(&mut self, from: &mut StateReader<'_>) -> Result<(), Invalid> {
+        Limiter::restore(self.limiter.as_mut(), from)
+    }
+
     fn failure(&self) -> Option<String> {
         self.failure.reason()
     }
 
     fn counters(&self) -> Vec<(&'static str, u64)> {
-        vec![("requests", self.requests), ("bytes", self.bytes), ("failures", self.failure.count())]
+        let limited = self.limiter.as_ref().map_or(0, Limiter::waits);
+        vec![
+            ("requests", self.requests),
+            ("bytes", self.bytes),
+            ("limited", limited),
+            ("failures", self.failure.count()),
+        ]
     }
 }
 
@@ -210,6 +259,27 @@ impl Device for Rng {
 mod tests {
     use super::*;
     use crate::virtio::guest_driver::{Buffer, Machine};
+    use blixard_vmm_api::rate::Bucket;
+
+    #[test]
+    fn a_limited_device_gives_what_its_bucket_has_and_the_rest_in_time() {
+        let limit = RateLimit { bytes: Some(Bucket { size: 64, burst: 0, refill_ms: 50 }), operations: None };
+        let mut machine = Machine::start(Rng::with_limit(&limit).unwrap(), 0, true);
+        let begin = std::time::Instant::now();
+        let at = machine.buffers;
+        for i in 0..4 {
+            machine.queues[0].post(&[Buffer::Writable(at + 32 * i, 32)]).unwrap();
+        }
+        machine.kick(0);
+        assert!(machine.queues[0].take_used().is_some());
+        assert!(machine.queues[0].take_used().is_some());
+        assert_eq!(machine.queues[0].take_used(), None, "64 bytes are spent");
+        assert_eq!(machine.wait_used(0).1, 32);
+        assert_eq!(machine.wait_used(0).1, 32);
+        assert!(begin.elapsed() >= std::time::Duration::from_millis(50), "64 bytes more take 50 ms");
+        machine.reset();
+        assert_eq!(machine.events.watched(), 0);
+    }
 
     #[test]
     fn a_request_is_filled_with_bytes_that_differ() {

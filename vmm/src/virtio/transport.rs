@@ -354,6 +354,8 @@ impl Transport {
             }
         } else if let Some(offset) = TABLE.offset(at, data.len()) {
             state.msix.write_table(offset, data);
+        } else if let Some(offset) = DEVICE.offset(at, data.len()) {
+            self.config.write(offset, data);
         }
     }
 
@@ -620,6 +622,7 @@ fn configuration(kind: DeviceKind, vectors: u16, bar: u64) -> (PciConfig, u16, u
         DeviceKind::Net => 0x02_00_00,
         DeviceKind::Block => 0x01_00_00,
         DeviceKind::Rng => 0x10_00_00,
+        DeviceKind::Balloon | DeviceKind::Pmem => 0xFF_00_00,
         DeviceKind::Vsock => 0x07_80_00,
     };
     let identity = Identity {

@@ -424,3 +424,170 @@ guest!(
     "4: hlt",
     "jmp 4b",
 );
+
+/// The beginning of a driver that waits without interrupts: device 1 of bus 0 has to have this vendor and device. Its queue
+/// 0 gets 8 entries: descriptors 0x210000, available 0x211000, used 0x212000. edi is its BAR. X and power off at label 9.
+macro_rules! begins_to_drive {
+    ($identity:literal) => {
+        concat!(
+            "mov esp, 0x300000\n",
+            "mov esi, 0xe0008000\n",
+            "cmp dword ptr [esi], ",
+            $identity,
+            "\njne 9f\n",
+            "mov edi, [esi + 0x10]\n",
+            "and edi, 0xfffffff0\n",
+            "mov word ptr [esi + 4], 6\n",
+            "mov byte ptr [edi + 0x14], 0\n",
+            "mov byte ptr [edi + 0x14], 1\n",
+            "mov byte ptr [edi + 0x14], 3\n",
+            "mov dword ptr [edi + 8], 1\n",
+            "mov dword ptr [edi + 12], 1\n",
+            "mov byte ptr [edi + 0x14], 11\n",
+            "mov word ptr [edi + 0x16], 0\n",
+            "mov word ptr [edi + 0x18], 8\n",
+            "mov dword ptr [edi + 0x20], 0x210000\n",
+            "mov dword ptr [edi + 0x28], 0x211000\n",
+            "mov dword ptr [edi + 0x30], 0x212000\n",
+            "mov word ptr [edi + 0x1c], 1\n",
+            "mov byte ptr [edi + 0x14], 15\n",
+        )
+    };
+}
+
+/// The end of such a driver: prints al and powers off; at label 9 with X.
+macro_rules! ends_with_al {
+    () => {
+        concat!(
+            "8: mov dx, 0x3f8\n",
+            "out dx, al\n",
+            "mov dx, 0x600\n",
+            "mov al, 0x34\n",
+            "out dx, al\n",
+            "7: hlt\n",
+            "jmp 7b\n",
+            "9: mov al, 0x58\n",
+            "jmp 8b\n",
+        )
+    };
+}
+
+// A driver for a disk: reads sector 0 and prints its first byte for each character that is typed. At q it writes a sector
+// that begins with W to sector 1, prints D and powers off.
+guest!(
+    drives_a_disk, disk_start, disk_end, pvh: true,
+    ".code32",
+    begins_to_drive!("0x10421af4"),
+    // Header at 0x213000, data at 0x214000, status at 0x215000.
+    "mov dword ptr [0x210000], 0x213000",
+    "mov dword ptr [0x210008], 16",
+    "mov dword ptr [0x21000c], 0x10001",
+    "mov dword ptr [0x210010], 0x214000",
+    "mov dword ptr [0x210018], 512",
+    "mov dword ptr [0x21001c], 0x20003",
+    "mov dword ptr [0x210020], 0x215000",
+    "mov dword ptr [0x210028], 1",
+    "mov dword ptr [0x21002c], 2",
+    "xor ebx, ebx",
+    "2: mov dx, 0x3fd",
+    "3: in al, dx",
+    "test al, 1",
+    "jz 3b",
+    "mov dx, 0x3f8",
+    "in al, dx",
+    "cmp al, 0x71",
+    "je 5f",
+    "call 6f",
+    "mov al, [0x214000]",
+    "mov dx, 0x3f8",
+    "out dx, al",
+    "jmp 2b",
+    "5: mov dword ptr [0x213000], 1",
+    "mov dword ptr [0x213008], 1",
+    "mov byte ptr [0x214000], 0x57",
+    "mov dword ptr [0x21001c], 0x20001",
+    "call 6f",
+    "mov al, 0x44",
+    ends_with_al!(),
+    // One request from beginning to end. Entries of the available ring are all 0.
+    "6: mov byte ptr [0x215000], 0xff",
+    "inc ebx",
+    "mov word ptr [0x211002], bx",
+    "mov word ptr [edi + 0x3000], 0",
+    "4: cmp word ptr [0x212002], bx",
+    "jne 4b",
+    "cmp byte ptr [0x215000], 0",
+    "jne 9b",
+    "ret",
+);
+
+// A driver for a balloon: gives up the page at 4 MiB, where it wrote something, and finds it empty then; prints B.
+guest!(
+    drives_a_balloon, balloon_start, balloon_end, pvh: true,
+    ".code32",
+    begins_to_drive!("0x10451af4"),
+    "mov dword ptr [0x400000], 0x55",
+    "mov dword ptr [0x213000], 0x400",
+    "mov dword ptr [0x210000], 0x213000",
+    "mov dword ptr [0x210008], 4",
+    "mov word ptr [0x211002], 1",
+    "mov word ptr [edi + 0x3000], 0",
+    "4: cmp word ptr [0x212002], 1",
+    "jne 4b",
+    "cmp dword ptr [0x400000], 0",
+    "jne 9f",
+    // Its size is the driver's to tell.
+    "mov dword ptr [edi + 0x2004], 1",
+    "cmp dword ptr [edi + 0x2004], 1",
+    "jne 9f",
+    "mov al, 0x42",
+    ends_with_al!(),
+);
+
+// A driver for persistent memory, which has to lie at 4 GiB: flushes it and prints F.
+guest!(
+    flushes_persistent_memory, flush_start, flush_end, pvh: true,
+    ".code32",
+    begins_to_drive!("0x105b1af4"),
+    "cmp dword ptr [edi + 0x2000], 0",
+    "jne 9f",
+    "cmp dword ptr [edi + 0x2004], 1",
+    "jne 9f",
+    "mov dword ptr [0x213008], 0xff",
+    "mov dword ptr [0x210000], 0x213000",
+    "mov dword ptr [0x210008], 4",
+    "mov dword ptr [0x21000c], 0x10001",
+    "mov dword ptr [0x210010], 0x213008",
+    "mov dword ptr [0x210018], 4",
+    "mov dword ptr [0x21001c], 2",
+    "mov word ptr [0x211002], 1",
+    "mov word ptr [edi + 0x3000], 0",
+    "4: cmp word ptr [0x212002], 1",
+    "jne 4b",
+    "cmp dword ptr [0x213008], 0",
+    "jne 9f",
+    "mov al, 0x46",
+    ends_with_al!(),
+);
+
+// Prints the first byte of the persistent memory at 4 GiB, writes W to it, prints it again, powers off.
+guest!(
+    writes_persistent_memory, pmem_start, pmem_end, pvh: false,
+    ".code64",
+    // A page directory for the fifth GiB with one page of 2 MiB; the table of GiB is the one it was entered with.
+    "mov rax, 0x100000083",
+    "mov [0x200000], rax",
+    "mov qword ptr [0xa020], 0x200003",
+    "mov rbx, 0x100000000",
+    "mov dx, 0x3f8",
+    "mov al, [rbx]",
+    "out dx, al",
+    "mov byte ptr [rbx], 0x57",
+    "mov al, [rbx]",
+    "out dx, al",
+    "mov dx, 0x600",
+    "mov al, 0x34",
+    "out dx, al",
+    "4: hlt",
+    "jmp 4b",
+);

@@ -11,6 +11,7 @@
 )]
 
 mod code;
+mod devices;
 mod snapshot;
 mod vm;
 
@@ -24,6 +25,7 @@ use std::process::Command;
 use blixard_vmm_api::config::{ConsoleConfig, VmConfig};
 use blixard_vmm_api::control::{Event, FromVmm, Phase, Reply, Request};
 use blixard_vmm_api::exit::ExitRecord;
+use blixard_vmm_api::rate::RateLimit;
 use blixard_vmm_api::snapshot::MemoryConfig;
 use blixard_vmm_api::{ExitReason, VmId};
 
@@ -308,7 +310,10 @@ fn config() -> VmConfig {
         disks: vec![],
         nics: vec![],
         vsock: None,
+        pmem: vec![],
         rng: true,
+        rng_limit: RateLimit::default(),
+        balloon: None,
         console: ConsoleConfig::default(),
         control: None,
         exit_record: None,
