@@ -26,6 +26,9 @@ use crate::virtio::transport::Transport;
 mod at_rest;
 
 const IN: u32 = libc::EPOLLIN.cast_unsigned();
+/// A kick wakes once and its count is never read: that saves a system call for each. A device looks at its whole queue, or
+/// asks for another turn.
+const KICK: u32 = IN | libc::EPOLLET.cast_unsigned();
 
 /// What the guest's init told over the guest link.
 #[derive(Debug, Default)]
@@ -249,7 +252,6 @@ impl Worker {
             }
             Owner::Kick(index) => {
                 if let Some(slot) = machine.slots.get_mut(index).filter(|slot| slot.active) {
-                    slot.transport.take_kick(token);
                     if let Ok(queue) = u16::try_from(token) {
                         slot.device.on_kick(queue, &mut DeviceWatch { poll, device: index });
                     }
@@ -292,7 +294,7 @@ impl Machine {
         for (queue, fd) in ready.kicks {
             // Without the watch this queue is never served: the driver sees a device that does not answer, as with a
             // kernel that has no memory left.
-            let _ = poll.add(Owner::Kick(index), fd, IN, queue.into());
+            let _ = poll.add(Owner::Kick(index), fd, KICK, queue.into());
         }
         slot.active = true;
         let activation = Activation {

@@ -297,6 +297,38 @@ proptest! {
         }
     }
 
+    /// Heads in any order, given back in any order: the device has each at most once, and says which was offered twice.
+    #[test]
+    fn a_head_in_flight_is_never_taken_again(
+        heads in proptest::collection::vec(0u16..8, 1..60), given_back in proptest::collection::vec(any::<bool>(), 60),
+    ) {
+        let (driver, mut device, _memory) = pair(8, true);
+        for index in 0..8 {
+            driver.descriptor(index, DATA + 64 * u64::from(index), 16, WRITE, 0);
+        }
+        let mut held: Vec<Chain> = vec![];
+        for (n, head) in heads.iter().enumerate() {
+            driver.available_entry(n as u16, *head);
+            driver.available_index(n as u16 + 1);
+            let is_held = held.iter().any(|chain| chain.head() == *head);
+            match device.pop() {
+                Ok(Some(chain)) => {
+                    prop_assert_eq!((chain.head(), is_held), (*head, false));
+                    held.push(chain);
+                }
+                Err(QueueError::InFlight(refused)) => {
+                    prop_assert_eq!((refused, is_held), (*head, true));
+                    break;
+                }
+                other => prop_assert!(false, "{:?}", other),
+            }
+            if given_back[n] {
+                let chain = held.swap_remove(n % held.len());
+                device.add_used(chain, 0).unwrap();
+            }
+        }
+    }
+
     /// Random bytes as rings: an error or a chain inside memory, never a panic, never without end.
     #[test]
     fn random_rings_never_panic(

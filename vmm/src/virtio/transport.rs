@@ -260,16 +260,6 @@ impl Transport {
         self.state().kicks.iter().flatten().map(AsRawFd::as_raw_fd).collect()
     }
 
-    /// Takes the count of notifications of a queue.
-    pub fn take_kick(&self, queue: u64) {
-        let state = self.state();
-        let kick = usize::try_from(queue).ok().and_then(|n| state.kicks.get(n));
-        if let Some(Some(kick)) = kick {
-            // Nothing to read means that an earlier turn took it.
-            let _ = kick.read();
-        }
-    }
-
     /// The I/O thread has stopped the device.
     pub fn confirm_reset(&self) {
         let mut state = self.state();
