@@ -1,7 +1,7 @@
 //! Disks, balloon and persistent memory: drivers in guests, and what can be changed while they run.
 
 use std::io::Write;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::FileExt;
 
 use blixard_vmm_api::control::{Reply, Request};
@@ -27,9 +27,8 @@ fn count(control: &Control, name: &str) -> u64 {
     }
 }
 
-fn swap(control: &Control, id: &str, backing: &[BorrowedFd<'_>]) -> Reply {
-    control.send_with(&serde_json::to_vec(&Request::SwapDisk { id: id.into() }).unwrap(), backing);
-    control.reply()
+fn swap(control: &Control, id: &str, backing: &[RawFd]) -> Reply {
+    control.ask_with(&Request::SwapDisk { id: id.into() }, backing).0
 }
 
 fn refused(reply: Reply) -> String {
@@ -49,7 +48,7 @@ fn a_disk_is_read_swapped_resized_and_written_while_its_guest_runs() {
         let control = vm.control();
         stdin.write_all(b"r").unwrap();
         vm.wait_for(b'A');
-        assert_eq!(swap(&control, "disk0", &[second.as_file().as_fd()]), Reply::Done);
+        assert_eq!(swap(&control, "disk0", &[second.as_file().as_raw_fd()]), Reply::Done);
         stdin.write_all(b"r").unwrap();
         vm.wait_for(b'B');
         second.as_file().set_len(3 << 20).unwrap();
@@ -58,7 +57,7 @@ fn a_disk_is_read_swapped_resized_and_written_while_its_guest_runs() {
         assert!(refused(resize("other")).contains("no device"));
         assert!(refused(swap(&control, "disk0", &[])).contains("no descriptor"));
         let (socket, _other) = std::os::unix::net::UnixStream::pair().unwrap();
-        assert!(refused(swap(&control, "disk0", &[socket.as_fd()])).contains("neither a regular file"));
+        assert!(refused(swap(&control, "disk0", &[socket.as_raw_fd()])).contains("neither a regular file"));
         assert_eq!(count(&control, "blk.disk0.reads"), 2);
         stdin.write_all(b"q").unwrap();
         let end = vm.end();

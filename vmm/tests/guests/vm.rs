@@ -1,7 +1,7 @@
 //! One VMM process of a test: started as a user or an agent starts it, with its seccomp filters on.
 
 use std::io::{self, Read, Write};
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
@@ -228,20 +228,6 @@ impl Control {
         assert_eq!(sent, bytes.len().cast_signed(), "{}", io::Error::last_os_error());
     }
 
-    /// Sends bytes as one datagram with descriptors beside it.
-    pub fn send_with(&self, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) {
-        let numbers: Vec<_> = descriptors.iter().map(AsRawFd::as_raw_fd).collect();
-        assert!(blixard_vmm::passing::send(&self.0, bytes, &numbers), "{}", io::Error::last_os_error());
-    }
-
-    /// The answer to the oldest request that has none.
-    pub fn reply(&self) -> Reply {
-        match self.receive() {
-            Some(FromVmm::Reply(reply)) => reply,
-            other => panic!("{other:?} instead of a reply"),
-        }
-    }
-
     /// The next message; none when the connection has ended.
     pub fn receive(&self) -> Option<FromVmm> {
         let mut bytes = vec![0; MESSAGE_BYTES_MAX];
@@ -254,7 +240,10 @@ impl Control {
     /// Asks and gets the answer.
     pub fn ask(&self, request: &Request) -> Reply {
         self.send(&serde_json::to_vec(request).unwrap());
-        self.reply()
+        match self.receive() {
+            Some(FromVmm::Reply(reply)) => reply,
+            other => panic!("{other:?} instead of a reply"),
+        }
     }
 
     /// Asks with descriptors beside the request, and gets the answer with those beside it.
