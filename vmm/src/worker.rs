@@ -251,10 +251,9 @@ impl Worker {
                 }
             }
             Owner::Kick(index) => {
-                if let Some(slot) = machine.slots.get_mut(index).filter(|slot| slot.active) {
-                    if let Ok(queue) = u16::try_from(token) {
-                        slot.device.on_kick(queue, &mut DeviceWatch { poll, device: index });
-                    }
+                let slot = machine.slots.get_mut(index).filter(|slot| slot.active);
+                if let (Some(slot), Ok(queue)) = (slot, u16::try_from(token)) {
+                    slot.device.on_kick(queue, &mut DeviceWatch { poll, device: index });
                 }
             }
         }
