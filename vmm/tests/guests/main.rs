@@ -51,7 +51,7 @@ fn a_slow_reader_of_standard_output_gets_the_last_words_too() {
     let (mut reader, mut writer) = std::io::pipe().unwrap();
     // SAFETY: no pointers are involved.
     let size = unsafe { libc::fcntl(writer.as_raw_fd(), libc::F_SETPIPE_SZ, 4096) };
-    writer.write_all(&vec![b'x'; size as usize]).unwrap();
+    writer.write_all(&vec![b'x'; usize::try_from(size).unwrap()]).unwrap();
     let directory = tempfile::tempdir().unwrap();
     let kernel = directory.path().join("kernel");
     std::fs::write(&kernel, code::prints_its_command_line().elf()).unwrap();

@@ -168,7 +168,9 @@ impl Vm {
             // SAFETY: the pointer is to a structure that the call fills; the child stays to be waited for.
             let found = unsafe { libc::waitid(libc::P_PID, self.child.id(), info.as_mut_ptr(), flags) };
             // SAFETY: zeros are a valid structure, and the call filled it or left it.
-            let pid = unsafe { info.assume_init().si_pid() };
+            let info = unsafe { info.assume_init() };
+            // SAFETY: the kernel fills this field for `waitid`, and zeros are a value of it.
+            let pid = unsafe { info.si_pid() };
             if found == 0 && pid != 0 {
                 return None;
             }
