@@ -42,9 +42,9 @@ fix: ## repair what `make check` finds, where a program can
 	$(CARGO) clippy --workspace --all-targets --fix --allow-dirty --allow-staged
 
 .PHONY: bench
-bench: prerequisites-build ## benchmarks: tables, and JSON in target/bench
+bench: prerequisites-build ## benchmarks: tables, and JSON in target/bench; FIRECRACKER=PATH compares the VMM with it
 	$(CARGO) build --release $(PROGRAMS) -p blixard-bench
-	sh bench/all.sh $(RELEASE)
+	FIRECRACKER=$(FIRECRACKER) sh bench/all.sh $(RELEASE)
 
 .PHONY: fuzz
 fuzz: ## each fuzz target for SECONDS=60 (needs a nightly toolchain and cargo-fuzz)

@@ -1,12 +1,17 @@
 //! blixard-bench: benchmarks; each prints a table and writes JSON.
 //!
 //! * [`boot`]: request → guest ready, split by step
-//! * [`table`]: samples, medians, tables, JSON
+//! * [`vmm`]: the VMM beside Firecracker
+//! * [`table`], [`compare`]: samples, medians, tables, JSON
 #![forbid(unsafe_code)]
+#![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing))]
 
 mod boot;
+mod compare;
 mod table;
+mod vmm;
 
+use std::error::Error;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -27,19 +32,30 @@ struct Arguments {
 enum Bench {
     /// Request → guest ready, split by step. Needs a running node with the image.
     Boot(boot::Options),
+    /// The VMM, beside Firecracker when it is given: start, life, rate, memory. Needs /dev/kvm.
+    Vmm(vmm::Options),
+    /// A stock kernel up to its init, beside Firecracker when it is given. Needs a /dev/kvm that runs Linux.
+    Kernel(vmm::kernel::Options),
 }
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    let result = match &arguments.bench {
+    let out = &arguments.out;
+    let result: Result<(), Box<dyn Error>> = match &arguments.bench {
         Bench::Boot(options) => {
-            boot::run(options).and_then(|t| Ok(t.show_and_write(&arguments.out, "boot")?))
+            boot::run(options).and_then(|t| Ok(t.show_and_write(out, "boot")?)).map_err(Into::into)
         }
+        Bench::Vmm(options) => {
+            vmm::run(options, out).and_then(|t| Ok(t.show_and_write(out, "vmm")?)).map_err(Into::into)
+        }
+        Bench::Kernel(options) => vmm::kernel::run(options, out)
+            .and_then(|t| Ok(t.show_and_write(out, "kernel")?))
+            .map_err(Into::into),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            table::complain(&error);
+            table::complain(error.as_ref());
             ExitCode::FAILURE
         }
     }

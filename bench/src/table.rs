@@ -89,16 +89,28 @@ impl Table {
         record.insert("title", self.title.as_str().into());
         record.insert("machine", machine().into());
         record.insert("rows", serde_json::to_value(&rows).map_err(TableError::Encode)?);
-        let text = serde_json::to_string_pretty(&record).map_err(TableError::Encode)?;
-        let path = folder.join(format!("{name}.json"));
-        let failed = |source| TableError::Write { path: path.clone(), source };
-        std::fs::create_dir_all(folder).map_err(failed)?;
-        std::fs::write(&path, text).map_err(failed)
+        write(&record, folder, name)
     }
 }
 
+/// Writes `NAME.json` in `folder`.
+///
+/// # Errors
+/// The file cannot be written.
+pub fn write(
+    record: &BTreeMap<&str, serde_json::Value>,
+    folder: &Path,
+    name: &str,
+) -> Result<(), TableError> {
+    let text = serde_json::to_string_pretty(record).map_err(TableError::Encode)?;
+    let path = folder.join(format!("{name}.json"));
+    let failed = |source| TableError::Write { path: path.clone(), source };
+    std::fs::create_dir_all(folder).map_err(failed)?;
+    std::fs::write(&path, text).map_err(failed)
+}
+
 /// Processor and kernel of this machine, for the record.
-fn machine() -> String {
+pub fn machine() -> String {
     let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
     let cpuinfo = read("/proc/cpuinfo");
     let model = cpuinfo.lines().find_map(|l| l.strip_prefix("model name")).unwrap_or_default();
@@ -107,8 +119,9 @@ fn machine() -> String {
     format!("{cpus} x {}, Linux {}", model.trim_start_matches([' ', '\t', ':']), kernel.trim())
 }
 
+/// Prints a line of a table.
 #[expect(clippy::print_stdout, reason = "the table is what a benchmark is run for")]
-fn say(line: &str) {
+pub fn say(line: &str) {
     println!("{line}");
 }
 
