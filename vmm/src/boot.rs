@@ -1,7 +1,8 @@
 //! Loads the kernel, its initramfs and what both are told into guest memory, and refuses what does not fit.
 //!
 //! A bzImage is entered at its 64-bit entry, an ELF kernel at its PVH entry when it has one, else at its ELF entry in
-//! 64-bit mode. Of each file only the headers go through memory of the VMM; the rest is read to where the guest finds it.
+//! 64-bit mode. Of each file only the headers go through memory of the VMM; the rest is mapped, or read, to where the guest finds
+//! it ([`crate::image`]).
 //! Guest memory is fresh, that is zero, so no .bss is cleared.
 
 use std::fs::File;
@@ -16,6 +17,7 @@ use crate::arch::x86_64::boot_params::{self, Initramfs, SETUP_HEADER};
 use crate::arch::x86_64::registers::{self, Entry};
 use crate::arch::x86_64::{acpi, boot_params::write_cmdline};
 use crate::elf::{self, ElfError};
+use crate::image::Images;
 use crate::layout::{KERNEL_START, MIB};
 use crate::memory::{self, LoadError};
 use crate::virtio::device::GuestMemory;
@@ -104,7 +106,7 @@ struct Kernel {
     initramfs_max: u64,
 }
 
-/// Loads everything and says how the first vCPU enters the kernel.
+/// Loads everything and says how the first vCPU enters the kernel, and what is mapped from the files.
 ///
 /// # Errors
 /// A file is not what it should be or does not fit.
@@ -113,11 +115,12 @@ pub fn load(
     config: &VmConfig,
     kernel: &File,
     initramfs: Option<&File>,
-) -> Result<Entry, BootError> {
-    let kernel = load_kernel(guest, kernel)?;
-    let initramfs = load_initramfs(guest, &kernel, initramfs, config.guest.as_ref())?;
+) -> Result<(Entry, Images), BootError> {
+    let mut images = Images::default();
+    let kernel = load_kernel(guest, &mut images, kernel)?;
+    let initramfs = load_initramfs(guest, &mut images, &kernel, initramfs, config.guest.as_ref())?;
     write_structures(guest, config, &kernel, initramfs).map_err(BootError::Structures)?;
-    Ok(kernel.entry)
+    Ok((kernel.entry, images))
 }
 
 fn write_structures(
@@ -140,14 +143,14 @@ fn file_size(file: &File, name: &'static str) -> Result<u64, BootError> {
     if data.is_file() { Ok(data.len()) } else { Err(BootError::NotAFile(name)) }
 }
 
-fn load_kernel(guest: &GuestMemory, file: &File) -> Result<Kernel, BootError> {
+fn load_kernel(guest: &GuestMemory, images: &mut Images, file: &File) -> Result<Kernel, BootError> {
     let size = file_size(file, "kernel")?;
     let mut head = vec![0; 4096];
     let got = file.read_at(&mut head, 0).map_err(BootError::Header)?;
     head.truncate(got);
     let kernel = match (head.get(..4), head.get(0x202..0x206)) {
-        (Some(b"\x7fELF"), _) => load_elf(guest, file, size, &head)?,
-        (_, Some(b"HdrS")) => load_bzimage(guest, file, size, &head)?,
+        (Some(b"\x7fELF"), _) => load_elf(guest, images, file, size, &head)?,
+        (_, Some(b"HdrS")) => load_bzimage(guest, images, file, size, &head)?,
         _ => return Err(BootError::NotAKernel),
     };
     let address = match kernel.entry {
@@ -172,7 +175,13 @@ fn check_fits(guest: &GuestMemory, start: u64, size: u64) -> Result<u64, BootErr
     }
 }
 
-fn load_elf(guest: &GuestMemory, file: &File, size: u64, head: &[u8]) -> Result<Kernel, BootError> {
+fn load_elf(
+    guest: &GuestMemory,
+    images: &mut Images,
+    file: &File,
+    size: u64,
+    head: &[u8],
+) -> Result<Kernel, BootError> {
     let image = elf::parse(head, file, size)?;
     let (mut start, mut end) = (u64::MAX, 0);
     for segment in &image.segments {
@@ -181,7 +190,8 @@ fn load_elf(guest: &GuestMemory, file: &File, size: u64, head: &[u8]) -> Result<
         }
         end = end.max(check_fits(guest, segment.address, segment.memory_size)?);
         start = start.min(segment.address);
-        memory::read_file(guest, segment.address, file, segment.offset, segment.file_size)
+        images
+            .place(guest, segment.address, file, segment.offset, segment.file_size)
             .map_err(|source| BootError::Load { file: "kernel", source })?;
     }
     let entry = match image.pvh_entry {
@@ -191,7 +201,13 @@ fn load_elf(guest: &GuestMemory, file: &File, size: u64, head: &[u8]) -> Result<
     Ok(Kernel { entry, start, end, header: vec![], initramfs_max: INITRAMFS_MAX })
 }
 
-fn load_bzimage(guest: &GuestMemory, file: &File, size: u64, head: &[u8]) -> Result<Kernel, BootError> {
+fn load_bzimage(
+    guest: &GuestMemory,
+    images: &mut Images,
+    file: &File,
+    size: u64,
+    head: &[u8],
+) -> Result<Kernel, BootError> {
     let field = |offset: usize, length: usize| -> u64 {
         let bytes = head.get(offset..offset + length).unwrap_or_default();
         bytes.iter().rev().fold(0, |value, byte| value << 8 | u64::from(*byte))
@@ -222,7 +238,8 @@ fn load_bzimage(guest: &GuestMemory, file: &File, size: u64, head: &[u8]) -> Res
     }
     let end = check_fits(guest, start, init_size.max(length))?;
     let length = usize::try_from(length).unwrap_or(usize::MAX);
-    memory::read_file(guest, start, file, offset, length)
+    images
+        .place(guest, start, file, offset, length)
         .map_err(|source| BootError::Load { file: "kernel", source })?;
     // The header ends where the jump at 0x200 leads (its displacement is at 0x201).
     let header_end = 0x202 + usize::try_from(field(0x201, 1)).unwrap_or(0);
@@ -244,6 +261,7 @@ fn place(guest: &GuestMemory, kernel: &Kernel, size: u64) -> Option<u64> {
 
 fn load_initramfs(
     guest: &GuestMemory,
+    images: &mut Images,
     kernel: &Kernel,
     file: Option<&File>,
     config: Option<&GuestConfig>,
@@ -262,7 +280,8 @@ fn load_initramfs(
     let start = place(guest, kernel, size).ok_or_else(too_big)?;
     let length = usize::try_from(file_size).map_err(|_| too_big())?;
     if length > 0 {
-        memory::read_file(guest, start, file, 0, length)
+        images
+            .place(guest, start, file, 0, length)
             .map_err(|source| BootError::Load { file: "initramfs", source })?;
     }
     guest.write_slice(&appended, GuestAddress(start + archive_at)).map_err(BootError::Structures)?;

@@ -31,6 +31,7 @@ pub mod control;
 pub mod descriptors;
 pub mod devices;
 pub mod elf;
+pub mod image;
 pub mod interrupt;
 pub mod kvm;
 pub mod layout;

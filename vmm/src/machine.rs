@@ -277,7 +277,9 @@ impl<'a> Assembled<'a> {
         let (begin, guest_ready) = match &mut self.from {
             Source::Kernel { kernel, initramfs } => {
                 generation::renew(self.ram.memory())?;
-                let entry = boot::load(self.ram.memory(), self.config, kernel, initramfs.as_ref())?;
+                let memory = self.ram.memory().clone();
+                let (entry, images) = boot::load(&memory, self.config, kernel, initramfs.as_ref())?;
+                self.ram.keep(images);
                 (Begin::Kernel(self.template.clone(), entry), false)
             }
             Source::Snapshot(restore) => {

@@ -20,6 +20,7 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use super::dirty::PAGE;
 use super::pages::{Extent, Pages};
 use super::{MemoryError, advise, memory_file, sparse};
+use crate::image::{Images, SettleError};
 use crate::kvm::{KvmError, Vm};
 use crate::snapshot::Id;
 use crate::virtio::device::GuestMemory;
@@ -51,6 +52,9 @@ pub enum RamError {
     /// There is no file for it.
     #[error(transparent)]
     File(#[from] MemoryError),
+    /// Kernel and initramfs cannot be copied into it.
+    #[error(transparent)]
+    Images(#[from] SettleError),
 }
 
 /// A frozen file that memory is based on.
@@ -95,6 +99,8 @@ pub struct Ram {
     memory: GuestMemory,
     options: MemoryConfig,
     origin: Origin,
+    /// What is mapped from other files, on top of memory of its own.
+    images: Images,
     /// Pages of the VM's own on top of its origin, when that is not a file of its own.
     own: Pages,
     tracked: bool,
@@ -128,11 +134,17 @@ impl Ram {
             memory: memory.clone(),
             options,
             origin,
+            images: Images::default(),
             own: Pages::new(pages),
             tracked,
             snapshot: None,
             since: Pages::new(pages),
         }
+    }
+
+    /// Remembers what was mapped into memory of its own.
+    pub fn keep(&mut self, images: Images) {
+        self.images = images;
     }
 
     /// Whether KVM has to log writes.
@@ -174,7 +186,9 @@ impl Ram {
         let bytes = match &self.origin {
             Origin::Own(own) => {
                 let data = sparse::data(own, size).map_err(RamError::Write)?;
-                sparse::write(&self.memory, data.into_iter(), file)
+                let mut pages = Pages::new(size / 4096);
+                data.into_iter().chain(self.images.extents()).for_each(|extent| pages.add(extent));
+                sparse::write(&self.memory, pages.runs(), file)
             }
             Origin::Base(base) => {
                 let mut pages = self.own.clone();
@@ -226,6 +240,7 @@ impl Ram {
         match &self.origin {
             Origin::Own(file) => {
                 let memory = file.clone();
+                self.images.settle(&self.memory)?;
                 self.freeze_own(vm, &memory)?;
                 self.origin = Origin::Base(Base { state: state.clone(), memory: memory.clone(), id });
                 let written = Written { parent: None, extents: vec![], bytes: 0 };

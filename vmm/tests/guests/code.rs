@@ -18,6 +18,11 @@ pub struct Guest {
 impl Guest {
     /// An ELF file that loads and enters the code.
     pub fn elf(self) -> Vec<u8> {
+        self.elf_of(0)
+    }
+
+    /// The same with at least `size` bytes in the segment, which then begins at a page of the file.
+    pub fn elf_of(self, size: usize) -> Vec<u8> {
         let notes = if self.pvh {
             let value = u64::from(BASE).to_le_bytes();
             [[4u32, 8, 18].map(u32::to_le_bytes).concat().as_slice(), b"Xen\0", &value].concat()
@@ -25,7 +30,7 @@ impl Guest {
             vec![]
         };
         let notes_at = 64 + 2 * 56;
-        let code_at = notes_at + notes.len() as u64;
+        let code_at = if size == 0 { notes_at + notes.len() as u64 } else { 0x1000 };
         let half = |value: u16| value.to_le_bytes();
         let mut file = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
         file.extend([half(2), half(62)].concat());
@@ -33,7 +38,7 @@ impl Guest {
         file.extend([u64::from(BASE), 64, 0].map(u64::to_le_bytes).concat());
         file.extend([0; 4]);
         file.extend([64, 56, 2, 0, 0, 0].map(half).concat());
-        let code = self.code.len() as u64;
+        let code = self.code.len().max(size) as u64;
         for (kind, at, address, size, memory) in
             [(1u32, code_at, u64::from(BASE), code, code + 0x1000), (4, notes_at, 0, notes.len() as u64, 0)]
         {
@@ -42,7 +47,9 @@ impl Guest {
             file.extend([at, address, address, size, memory, 4].map(u64::to_le_bytes).concat());
         }
         file.extend(notes);
+        file.resize(code_at as usize, 0);
         file.extend(self.code);
+        file.resize((code_at + code) as usize, 0xCC);
         file
     }
 }

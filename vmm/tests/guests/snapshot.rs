@@ -55,7 +55,9 @@ fn restore(snapshot: &Snapshot, bases: &[&Snapshot], more: &[&str]) -> Vm {
 
 /// A VM that prints letters and has printed at least a hundred.
 fn letters(more: &[&str]) -> Vm {
-    let vm = Vm::run(code::prints_letters(), &[&["--control", "DIR/control"], more].concat());
+    // As large as real kernels, so that it is mapped.
+    let kernel = code::prints_letters().elf_of(300_000);
+    let vm = Vm::run_file(&kernel, &[&["--control", "DIR/control"], more].concat());
     hundred(&vm);
     vm
 }
