@@ -26,7 +26,7 @@ if [ "$only" != rig ]; then
     $cargo test --workspace --no-fail-fast
     state=$("$bin/blixard-vmm" probe || true)
     case $state in
-    "linux guests"* | "small guests"*) ;;
+    "linux guests"* | "small guests"*) sh tests/syscalls.sh ;;
     *) skip "small guests: $state" ;;
     esac
 fi

@@ -47,7 +47,10 @@ impl Mailbox {
     pub fn post(&self, message: Message) {
         let mut messages = self.messages.lock().unwrap_or_else(PoisonError::into_inner);
         messages.push_back(message);
-        if messages.len() == 1 {
+        let first = messages.len() == 1;
+        // Woken while the lock is held, the I/O thread would wait for it at once.
+        drop(messages);
+        if first {
             // An eventfd refuses only at its largest count; then the reader is awake anyway.
             let _ = self.wake.write(1);
         }
@@ -55,10 +58,10 @@ impl Mailbox {
 
     /// Takes all messages.
     pub fn take(&self) -> VecDeque<Message> {
-        let mut messages = self.messages.lock().unwrap_or_else(PoisonError::into_inner);
-        // "Nothing to read" is as good: the count only wakes.
+        // Read before the messages are taken: one that comes between is taken now and wakes once more for nothing. "Nothing to
+        // read" is as good: the count only wakes.
         let _ = self.wake.read();
-        std::mem::take(&mut messages)
+        std::mem::take(&mut *self.messages.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
 

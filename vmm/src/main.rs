@@ -1,17 +1,19 @@
 //! `blixard-vmm`: one process, one VM. Takes inherited descriptors, builds, boots, enters the sandbox, exits with a reason.
+#![no_main]
 
 mod client;
 mod front_end;
 mod terminal;
 
+use std::ffi::{CStr, c_char, c_int};
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::{FromRawFd, RawFd};
-use std::process::ExitCode;
+use std::os::fd::{AsFd, FromRawFd, RawFd};
 use std::sync::Arc;
 
 use blixard_vmm::descriptors::Descriptors;
 use blixard_vmm::machine::{Assembled, StartError};
+use blixard_vmm::sandbox;
 use blixard_vmm::times::{Moment, Times};
 use blixard_vmm_api::config::CONFIG_BYTES_MAX;
 use blixard_vmm_api::exit::ExitRecord;
@@ -55,15 +57,30 @@ blixard-vmm pause|resume|status|stats|kill CONTROL
 blixard-vmm probe [--json]       tell which guests /dev/kvm of this machine can run
 ";
 
-fn main() -> ExitCode {
+/// The program. `std`'s own start is left out: it asks nine times for what is not used here (a signal stack per thread, guards,
+/// whether the standard streams are open), and so is the giving back of memory and descriptors, which the kernel does at once.
+#[unsafe(no_mangle)]
+extern "C" fn main(argc: c_int, argv: *const *const c_char) -> c_int {
     let times = Arc::new(Times::default());
     times.note(Moment::ProcessStart);
-    let arguments: Vec<String> =
-        std::env::args_os().skip(1).map(|a| a.to_string_lossy().into_owned()).collect();
+    // SAFETY: no pointers are involved: that nobody reads standard output any more shall be an error, not the end.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
+    let arguments: Vec<String> = (1..usize::try_from(argc).unwrap_or(0))
+        .map(|index| {
+            // SAFETY: the C runtime hands over `argc` pointers, so this place is among them.
+            let place = unsafe { argv.add(index) };
+            // SAFETY: the place is a pointer that the C runtime has written.
+            let pointer = unsafe { *place };
+            // SAFETY: each is to a string that ends with NUL and lives as long as the process.
+            unsafe { CStr::from_ptr(pointer) }.to_string_lossy().into_owned()
+        })
+        .collect();
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     if let Some(done) = client::run(&words, &mut io::stdout()) {
-        let problem = |problem| say(&mut io::stderr(), &format!("blixard-vmm: {problem}\n"));
-        return done.map_or_else(|p| (problem(p), ExitCode::FAILURE).1, |()| ExitCode::SUCCESS);
+        if let Err(problem) = &done {
+            say(&mut io::stderr(), &format!("blixard-vmm: {problem}\n"));
+        }
+        return done.is_err().into();
     }
     let code = match parse(&words) {
         Ok(Command::Config(fd)) => {
@@ -81,7 +98,8 @@ fn main() -> ExitCode {
             2
         }
     };
-    ExitCode::from(code)
+    // SAFETY: it ends the process. Nothing is left to be written: output goes through no buffer that is not flushed by line.
+    unsafe { libc::_exit(code.into()) }
 }
 
 /// Gives the process its name: one that is executed by descriptor is called after the descriptor's number.
@@ -124,6 +142,9 @@ impl End {
 }
 
 fn run_config(fd: RawFd, times: Arc<Times>) -> End {
+    if let Err(error) = sandbox::enter(false) {
+        return End::refused(StartError::from(error).exit_reason());
+    }
     match read_config(fd) {
         // SAFETY: the numbers come from whoever made this process and handed the descriptors over; they are distinct
         // and above the standard streams (validated), and nothing else here owns them.
@@ -159,10 +180,18 @@ fn read_config(fd: RawFd) -> Result<VmConfig, String> {
 
 fn run(config: VmConfig, mut given: Descriptors, times: Arc<Times>, log_only: bool) -> End {
     let record = config.exit_record.as_ref().and_then(|name| given.take(name).ok()).map(File::from);
+    if let Some(file) = &record {
+        sandbox::forbidden::record_in(file.as_fd(), config.vm);
+    }
     let started =
         Assembled::new(&config, given, times).and_then(Assembled::load).and_then(|l| l.start(log_only));
     let (reason, (workload, guest_problem)) = match started {
-        Ok(mut running) => (running.run(), running.guest().outcome()),
+        Ok(mut running) => {
+            let end = (running.run(), running.guest().outcome());
+            // The process ends now, and the kernel takes all at once what would be given back piece by piece.
+            std::mem::forget(running);
+            end
+        }
         Err(error) => (error.exit_reason(), (None, None)),
     };
     End { record: record.map(|file| (file, config)), reason, workload, guest_problem }
@@ -171,6 +200,9 @@ fn run(config: VmConfig, mut given: Descriptors, times: Arc<Times>, log_only: bo
 fn run_options(options: &front_end::Options, times: Arc<Times>) -> u8 {
     match options.open() {
         Ok((config, given)) => {
+            if let Err(error) = sandbox::enter(options.log_syscalls()) {
+                return finish(None, End::refused(StartError::from(error).exit_reason()));
+            }
             let terminal = terminal::Raw::enter(options.reads_stdin());
             finish(terminal, run(config, given, times, options.log_syscalls()))
         }

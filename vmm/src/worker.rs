@@ -324,6 +324,7 @@ impl Machine {
             workload: news.workload,
             guest_problem: news.problem.clone(),
             times: self.bus.times.all(),
+            landlock: crate::sandbox::landlock_version(),
         })
     }
 

@@ -117,6 +117,7 @@ fn converse(connection: &OwnedFd, config: &VmConfig) {
                 workload: None,
                 guest_problem: None,
                 times: BootTimes { process_start_us: Some(1), ..BootTimes::default() },
+                landlock: None,
             }),
         };
         let bytes = serde_json::to_vec(&FromVmm::Reply(reply)).unwrap();

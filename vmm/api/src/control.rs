@@ -112,6 +112,9 @@ pub struct Status {
     /// When things happened.
     #[serde(default)]
     pub times: BootTimes,
+    /// Version of Landlock's interface that holds the VMM besides its seccomp filters; absent where the kernel has none.
+    #[serde(default)]
+    pub landlock: Option<u32>,
 }
 
 /// What a VMM does now.

@@ -30,6 +30,11 @@ pub enum ExitReason {
         /// What, and the system's answer.
         detail: String,
     },
+    /// The VMM made a system call that its sandbox forbids: a fault of it, or somebody has taken it over.
+    Forbidden {
+        /// Number of the call.
+        call: u32,
+    },
     /// A fault of the VMM itself.
     Internal {
         /// What happened.
@@ -38,7 +43,7 @@ pub enum ExitReason {
 }
 
 impl ExitReason {
-    /// The exit code of the VMM process for this reason. A forbidden system call ends it by SIGSYS instead.
+    /// The exit code of the VMM process for this reason.
     pub fn code(&self) -> u8 {
         match self {
             Self::PowerOff => 0,
@@ -48,6 +53,7 @@ impl ExitReason {
             Self::GuestFault { .. } => 5,
             Self::Reset => 6,
             Self::Killed => 7,
+            Self::Forbidden { .. } => 8,
         }
     }
 }
@@ -61,6 +67,7 @@ impl std::fmt::Display for ExitReason {
             Self::GuestFault { detail } => write!(f, "the guest stopped with a fault: {detail}"),
             Self::BadConfig { detail } => write!(f, "refused: {detail}"),
             Self::HostProblem { detail } => write!(f, "the host cannot do it: {detail}"),
+            Self::Forbidden { call } => write!(f, "it made the forbidden system call {call}"),
             Self::Internal { detail } => write!(f, "internal error: {detail}"),
         }
     }

@@ -12,14 +12,14 @@
 
 mod code;
 mod devices;
+mod large;
 mod snapshot;
 mod vm;
 
 use std::collections::BTreeMap;
-use std::io::{Read, Write};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::io::{Read, Seek, Write};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
 
 use blixard_vmm_api::config::{ConsoleConfig, VmConfig};
@@ -416,26 +416,47 @@ fn a_configuration_that_is_none_is_refused() {
     assert_eq!(end.code, Some(2));
 }
 
-/// Not a test of its own: [`a_forbidden_call_ends_the_process`] runs it in a process of its own.
+/// Not a test of its own: [`a_forbidden_call_ends_the_process_with_its_number`] runs it in a process of its own.
 #[test]
 #[ignore = "ends its process; run by another test"]
 fn child_that_opens_a_file() {
-    let vcpu = std::env::var("THREAD").unwrap() == "vcpu";
-    if vcpu { blixard_vmm::sandbox::enter_vcpu(false) } else { blixard_vmm::sandbox::enter_io(false) }
-        .unwrap();
-    let _ = std::fs::File::open("/dev/null");
-    std::process::exit(0);
+    let mut record = tempfile::tempfile().unwrap();
+    blixard_vmm::sandbox::forbidden::record_in(record.as_fd(), VmId::from_u128(9));
+    let phase = std::env::var("PHASE").unwrap();
+    // SAFETY: no pointers are involved.
+    let parent = unsafe { libc::fork() };
+    if parent == 0 {
+        blixard_vmm::sandbox::enter(false).unwrap();
+        match phase.as_str() {
+            "vcpu" => blixard_vmm::sandbox::enter_vcpu(false).unwrap(),
+            "io" => blixard_vmm::sandbox::enter_io(false).unwrap(),
+            _ => {}
+        }
+        let _ = std::fs::File::open("/dev/null");
+        std::process::exit(0);
+    }
+    let mut status = 0;
+    // SAFETY: the pointer is to an int.
+    unsafe { libc::waitpid(parent, &raw mut status, 0) };
+    let mut text = String::new();
+    record.rewind().unwrap();
+    record.read_to_string(&mut text).unwrap();
+    let record: ExitRecord = serde_json::from_str(&text).unwrap();
+    let call = u32::try_from(libc::SYS_open).unwrap();
+    assert_eq!((record.vm, record.reason), (VmId::from_u128(9), ExitReason::Forbidden { call }));
+    std::process::exit(libc::WEXITSTATUS(status));
 }
 
 #[test]
-fn a_forbidden_call_ends_the_process() {
-    for thread in ["vcpu", "io"] {
-        let status = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "child_that_opens_a_file", "--ignored"])
-            .env("THREAD", thread)
-            .stdout(std::process::Stdio::null())
-            .status()
+fn a_forbidden_call_ends_the_process_with_its_number() {
+    for phase in ["set-up", "vcpu", "io"] {
+        let output = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "child_that_opens_a_file", "--ignored", "--nocapture"])
+            .env("PHASE", phase)
+            .output()
             .unwrap();
-        assert_eq!(status.signal(), Some(libc::SIGSYS), "{thread}");
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(8), "{phase}: {text}");
+        assert!(text.contains(&format!("the forbidden system call {}", libc::SYS_open)), "{phase}: {text}");
     }
 }

@@ -6,6 +6,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 use std::time::Duration;
@@ -31,6 +32,18 @@ pub fn possible() -> bool {
         }
         _ => true,
     })
+}
+
+/// Lets strace write down what the VMM asks of the kernel, when `BLIXARD_STRACE` names a folder for it (`tests/syscalls.sh`).
+fn traced(command: Command) -> Command {
+    static NUMBER: AtomicU32 = AtomicU32::new(0);
+    let Some(folder) = std::env::var_os("BLIXARD_STRACE") else { return command };
+    let file = Path::new(&folder).join(format!("{}.trace", NUMBER.fetch_add(1, Ordering::Relaxed)));
+    let mut strace = Command::new("strace");
+    // The tracer is a grandchild: the VMM keeps its place as our child.
+    strace.args(["-D", "-f", "-n", "-qq", "-e", "raw=!prctl", "-e", "signal=none", "-o"]).arg(file);
+    strace.arg("--").arg(command.get_program()).args(command.get_args());
+    strace
 }
 
 /// A running VMM.
@@ -84,7 +97,8 @@ impl Vm {
     }
 
     /// Starts `command`.
-    pub fn spawn(mut command: Command, directory: TempDir) -> Self {
+    pub fn spawn(command: Command, directory: TempDir) -> Self {
+        let mut command = traced(command);
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().unwrap();
         let (mut stdout, mut stderr) = (child.stdout.take().unwrap(), child.stderr.take().unwrap());
@@ -241,9 +255,14 @@ impl Control {
 
     /// Asks and gets the answer.
     pub fn ask(&self, request: &Request) -> Reply {
+        self.try_ask(request).expect("a reply")
+    }
+
+    /// Asks and gets the answer; none when the VMM ends instead.
+    pub fn try_ask(&self, request: &Request) -> Option<Reply> {
         self.send(&serde_json::to_vec(request).unwrap());
-        match self.receive() {
-            Some(FromVmm::Reply(reply)) => reply,
+        match self.receive()? {
+            FromVmm::Reply(reply) => Some(reply),
             other => panic!("{other:?} instead of a reply"),
         }
     }
