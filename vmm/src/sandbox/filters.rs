@@ -163,9 +163,9 @@ pub const SETUP: &[Row] = &[
     any(libc::SYS_sysinfo),              // memory of the host
     any(libc::SYS_epoll_create1),
     any(libc::SYS_signalfd4),
-    unseen(any(libc::SYS_timerfd_create), VSOCK),
-    unseen(any(libc::SYS_io_uring_setup), DISK),
-    unseen(any(libc::SYS_io_uring_register), DISK),
+    any(libc::SYS_timerfd_create), // time limits of vsock, statistics of a balloon, rate limits
+    any(libc::SYS_io_uring_setup), // disks
+    any(libc::SYS_io_uring_register), // disks
     any(libc::SYS_rt_sigaction),
     only(libc::SYS_mprotect, &[(2, EXECUTABLE, Only::Without)]), // the guard below a new stack
     only(libc::SYS_clone, &[(0, THREAD, Only::Equal)]),
@@ -199,7 +199,7 @@ pub const IO: &[Row] = &[
     unseen(any(libc::SYS_brk), ALLOCATOR),
     any(libc::SYS_munmap),
     unseen(any(libc::SYS_mremap), ALLOCATOR),
-    unseen(any(libc::SYS_madvise), ALLOCATOR),
+    any(libc::SYS_madvise),              // balloon; allocator
     only(libc::SYS_mmap, &[(2, EXECUTABLE, Only::Without)]),
     any(libc::SYS_accept4),              // clients of control socket, console and vsock
     any(libc::SYS_recvfrom),
@@ -209,17 +209,17 @@ pub const IO: &[Row] = &[
     unseen(any(libc::SYS_shutdown), "half-closed vsock streams"),
     any(libc::SYS_getrandom),            // rng device
     unseen(any(libc::SYS_fdatasync), "blk: flush"),
-    unseen(any(libc::SYS_io_uring_enter), "blk: the ring was made before, restricted to reads, writes and flushes"),
-    unseen(only(libc::SYS_fallocate, &[(1, PUNCH_HOLE, Only::Equal)]), "blk: discard"),
+    any(libc::SYS_io_uring_enter), // blk: the ring was made before, restricted to reads, writes and flushes
+    only(libc::SYS_fallocate, &[(1, PUNCH_HOLE, Only::Equal)]), // blk: discard
     unseen(only(libc::SYS_fallocate, &[(1, ZERO_RANGE, Only::Equal)]), "blk: write zeroes"),
     unseen(ioctl!(BLKDISCARD), "blk: discard on a block device"),
-    unseen(only(libc::SYS_io_uring_register, &[(1, REGISTER_FILES_UPDATE, Only::Equal)]), "blk: another backing"),
-    unseen(only(libc::SYS_fcntl, &[(1, 3, Only::Equal)]), "blk: F_GETFL of another backing"),
+    only(libc::SYS_io_uring_register, &[(1, REGISTER_FILES_UPDATE, Only::Equal)]), // blk: another backing
+    only(libc::SYS_fcntl, &[(1, 3, Only::Equal)]), // blk: F_GETFL of another backing
     unseen(ioctl!(BLKGETSIZE64), "blk: another backing, a disk that grew"),
     unseen(ioctl!(BLKSSZGET), "blk: another backing"),
     unseen(ioctl!(TUNSETOFFLOAD), "net: what its driver agreed to, at each activation"),
     any(libc::SYS_ftruncate),            // size of a memory file; the console log starts anew
-    unseen(any(libc::SYS_timerfd_settime), "rate limits and time limits of vsock"),
+    any(libc::SYS_timerfd_settime), // rate limits and time limits of vsock
     any(libc::SYS_eventfd2),             // a driver enables a queue or uses a vector for the first time
     ioctl!(KVM_IOEVENTFD),               // notifications of a queue
     ioctl!(KVM_IRQFD),                   // a vector is used for the first time

@@ -260,7 +260,7 @@ fn a_vm_that_is_restored_paused_waits_for_its_resume() {
         let (snapshot, _) = Snapshot::take(&vm.control(), SnapshotKind::Full);
         kill(vm);
         let again = restore(&snapshot, &[], &["--paused"]);
-        let control = again.wait_for_control();
+        let control = again.control();
         assert_eq!((control.status().phase, control.printed()), (Phase::Paused, 0));
         control.ask(&Request::Resume);
         hundred(&again);

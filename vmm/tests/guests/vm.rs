@@ -158,16 +158,11 @@ impl Vm {
         let (output, problems) = (self.output.join().unwrap(), self.problems.join().unwrap());
         Ended { code: status.code(), output, problems }
     }
-
-    /// Connects to the control socket, which the VM was given as `DIR/control`.
-    pub fn control(&self) -> Control {
-        Control(connect(&self.path("control")).expect("control socket"))
-    }
 }
 
 impl Vm {
-    /// Waits until the control socket is there.
-    pub fn wait_for_control(&self) -> Control {
+    /// Connects to the control socket, which the VM was given as `DIR/control`, as soon as it is there.
+    pub fn control(&self) -> Control {
         self.try_control().expect("the VM has ended")
     }
 
