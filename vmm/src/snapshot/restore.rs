@@ -332,7 +332,8 @@ fn set_vcpu(
         }
         vcpu.set_tsc_khz(saved).map_err(failed("KVM_SET_TSC_KHZ"))?;
     }
-    state.set(vcpu, host).map_err(|source| RestoreError::Vcpu { index, source })
+    let parted = if index == 0 { state.part_from_creation(vcpu) } else { Ok(()) };
+    parted.and_then(|()| state.set(vcpu, host)).map_err(|source| RestoreError::Vcpu { index, source })
 }
 
 /// A working set is a state file with one section.

@@ -24,6 +24,8 @@ const MSRS_PER_CALL: usize = 128;
 const KVM_GET_XSAVE: c_int = 0x9000_AEA4_u32.cast_signed();
 const KVM_GET_XSAVE2: c_int = 0x9000_AECF_u32.cast_signed();
 const KVM_SET_XSAVE: c_int = 0x5000_AEA5;
+/// `IA32_TIME_STAMP_COUNTER`.
+const MSR_TSC: u32 = 0x10;
 /// Size of the area without `KVM_CAP_XSAVE2`.
 const XSAVE_LEGACY: usize = 4096;
 /// Where the header of the area tells which components it has (SDM 1, 13.4.2), and how many bytes the last one needs.
@@ -125,6 +127,19 @@ impl VcpuState {
         // What the kernel told of these two is whole, though it does not say so.
         events.flags |= KVM_VCPUEVENT_VALID_NMI_PENDING | KVM_VCPUEVENT_VALID_SIPI_VECTOR;
         vcpu.set_vcpu_events(&events).map_err(failed("KVM_SET_VCPU_EVENTS"))
+    }
+
+    /// To be called for the first vCPU before [`Self::set`]. Kernels before 6.7 take a time stamp counter that is set to within a
+    /// second of what it is for one that shall be synchronised, and leave it; that of a VM which was young at its snapshot
+    /// would go backwards. Setting it to something far away first keeps them from that.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn part_from_creation(&self, vcpu: &VcpuFd) -> Result<(), VcpuStateError> {
+        match self.msrs.iter().find(|(index, _)| *index == MSR_TSC) {
+            Some((index, value)) => set_msrs(vcpu, &[(*index, value.wrapping_add(1 << 50))]),
+            None => Ok(()),
+        }
     }
 
     /// Frequency of the time stamp counter in kHz.
