@@ -204,10 +204,10 @@ impl Limiter {
         }
     }
 
-    /// Writes how full the buckets are.
+    /// Writes how full the buckets are; nothing without limits.
     pub fn save(limiter: Option<&Self>, to: &mut Writer) {
-        for bucket in limiter.map_or([None; 2], |limiter| [limiter.buckets.bytes, limiter.buckets.operations])
-        {
+        let Some(Self { buckets, .. }) = limiter else { return };
+        for bucket in [buckets.bytes, buckets.operations] {
             to.bool(bucket.is_some());
             let (tokens, burst) =
                 bucket.map_or((0, 0), |bucket| (bucket.tokens.min(bucket.size), bucket.burst));
@@ -216,12 +216,15 @@ impl Limiter {
         }
     }
 
-    /// Takes what [`Self::save`] wrote: buckets are as full as they were, or as full as they can be when they have become
+    /// Takes what [`Self::save`] wrote, which is the end of a section: buckets are as full as they were, or as full as they can be when they have become
     /// smaller, so that nobody gets a burst anew by being restored. A bucket that was not limited before begins full.
     ///
     /// # Errors
     /// The state is cut short.
     pub fn restore(limiter: Option<&mut Self>, from: &mut Reader<'_>) -> Result<(), Invalid> {
+        if from.end().is_ok() {
+            return Ok(());
+        }
         let mut unlimited = Buckets { bytes: None, operations: None };
         let buckets = limiter.map_or(&mut unlimited, |limiter| &mut limiter.buckets);
         for bucket in [&mut buckets.bytes, &mut buckets.operations] {
