@@ -139,7 +139,16 @@ pub fn config(plan: &VmPlan, slot: Slot, mtu: u16) -> Result<(VmConfig, Vec<&'st
         nics: plan
             .nic
             .iter()
-            .map(|nic| NicConfig { id: "nic0".into(), tap: "nic-0".into(), mac: nic.spec.mac, mtu })
+            .map(|nic| NicConfig {
+                id: "nic0".into(),
+                tap: "nic-0".into(),
+                more_taps: vec![],
+                vhost: vec![],
+                mac: nic.spec.mac,
+                mtu,
+                receive_limit: None,
+                send_limit: None,
+            })
             .collect(),
         vsock: Some(VsockConfig { cid: FIRST_CID.saturating_add(slot), listener: "vsock".into() }),
         pmem: vec![],

@@ -27,7 +27,7 @@ pub struct Options {
     disks: Vec<(String, bool)>,
     pmems: Vec<(String, bool)>,
     balloon: Option<BalloonConfig>,
-    taps: Vec<String>,
+    taps: Vec<TapOption>,
     vsock: Option<(String, u32)>,
     rng: bool,
     control: Option<String>,
@@ -70,7 +70,7 @@ impl Options {
                 "--disk" => options.disks.push(path_and_mode(&value()?)),
                 "--pmem" => options.pmems.push(path_and_mode(&value()?)),
                 "--balloon" => options.balloon = Some(balloon(word, &value()?)?),
-                "--tap" => options.taps.push(value()?),
+                "--tap" => options.taps.push(TapOption::parse(word, &value()?)?),
                 "--vsock" => {
                     let text = value()?;
                     let (path, cid) = text.rsplit_once(',').ok_or(format!("{word}: PATH,CID is needed"))?;
@@ -211,14 +211,8 @@ impl Options {
             let backing = opened.keep(&format!("pmem{number}"), open(path, *read_only)?);
             config.pmem.push(PmemConfig { id: format!("pmem{number}"), backing, read_only: *read_only });
         }
-        for (number, name) in (0u8..).zip(&self.taps) {
-            let tap = tap(name).map_err(|error| host(&format!("--tap {name}"), &error))?;
-            config.nics.push(NicConfig {
-                id: format!("nic{number}"),
-                tap: opened.keep(&format!("tap{number}"), tap),
-                mac: MacAddr([0x52, 0x54, 0, 0, 0, number]),
-                mtu: 1500,
-            });
+        for (number, tap) in (0u8..).zip(&self.taps) {
+            config.nics.push(tap.open(number, &mut opened)?);
         }
         if let Some((path, cid)) = &self.vsock {
             let listener =
@@ -310,6 +304,52 @@ fn baseline(path: &str) -> Result<CpuBaseline, ExitReason> {
     read.map_err(|error| ExitReason::BadConfig { detail: format!("{path}: {error}") })
 }
 
+/// A TAP on the command line: `NAME[,QUEUES][,vhost]`.
+#[derive(Debug)]
+struct TapOption {
+    name: String,
+    queues: u8,
+    vhost: bool,
+}
+
+impl TapOption {
+    fn parse(word: &str, text: &str) -> Result<Self, String> {
+        let mut parts = text.split(',');
+        let name = parts.next().unwrap_or_default().to_owned();
+        let mut tap = Self { name, queues: 1, vhost: false };
+        for part in parts {
+            match part {
+                "vhost" => tap.vhost = true,
+                queues => tap.queues = number::<u8>(word, queues)?.max(1),
+            }
+        }
+        Ok(tap)
+    }
+
+    fn open(&self, number: u8, opened: &mut Opened) -> Result<NicConfig, ExitReason> {
+        let mut taps = vec![];
+        let mut vhost = vec![];
+        for queue in 0..self.queues {
+            let fd = tap(&self.name, self.queues > 1);
+            let fd = fd.map_err(|error| host(&format!("--tap {}", self.name), &error))?;
+            taps.push(opened.keep(&format!("tap{number}-{queue}"), fd));
+            if self.vhost {
+                vhost.push(opened.keep(&format!("vhost{number}-{queue}"), open("/dev/vhost-net", false)?));
+            }
+        }
+        Ok(NicConfig {
+            id: format!("nic{number}"),
+            tap: taps.remove(0),
+            more_taps: taps,
+            vhost,
+            mac: MacAddr([0x52, 0x54, 0, 0, 0, number]),
+            mtu: 1500,
+            receive_limit: None,
+            send_limit: None,
+        })
+    }
+}
+
 /// What was opened, by name.
 #[derive(Default)]
 struct Opened(BTreeMap<String, OwnedFd>);
@@ -364,12 +404,13 @@ fn listen(path: &str, kind: i32) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
-/// A queue of the TAP `name`.
-fn tap(name: &str) -> io::Result<OwnedFd> {
+/// A queue of the TAP `name`; of several when it has more of them.
+fn tap(name: &str, several: bool) -> io::Result<OwnedFd> {
     const TUNSETIFF: libc::c_int = 0x4004_54CA;
     const TUNSETVNETHDRSZ: libc::c_int = 0x4004_54D8;
     /// Frames, no packet information, virtio-net header.
     const FLAGS: u16 = 0x0002 | 0x1000 | 0x4000;
+    const IFF_MULTI_QUEUE: u16 = 0x0100;
     let file = OpenOptions::new().read(true).write(true).open("/dev/net/tun")?;
     let mut request = [0u8; 40];
     if name.len() >= 16 {
@@ -378,7 +419,8 @@ fn tap(name: &str) -> io::Result<OwnedFd> {
     for (to, from) in request.iter_mut().zip(name.bytes()) {
         *to = from;
     }
-    for (to, from) in request.iter_mut().skip(16).zip(FLAGS.to_le_bytes()) {
+    let flags = if several { FLAGS | IFF_MULTI_QUEUE } else { FLAGS };
+    for (to, from) in request.iter_mut().skip(16).zip(flags.to_le_bytes()) {
         *to = from;
     }
     // SAFETY: the pointer is to 40 bytes, the size of an ifreq.

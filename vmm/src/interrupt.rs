@@ -5,6 +5,7 @@
 //! and every change of the table costs a wait for all readers in the kernel. After that an interrupt is one write to an
 //! eventfd, also from other threads or from the kernel (vhost).
 
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use kvm_bindings::{
@@ -38,6 +39,8 @@ pub struct Vector {
     index: usize,
     address: u64,
     data: u32,
+    /// The kernel raises the interrupt when the event is written.
+    connected: bool,
 }
 
 impl Routes {
@@ -72,6 +75,11 @@ impl Routes {
         vector
     }
 
+    /// Makes a route without sending anything. `None` when there is no descriptor or place left.
+    pub fn reserve(&self, address: u64, data: u32) -> Option<Vector> {
+        self.add(address, data)
+    }
+
     fn send_directly(&self, address: u64, data: u32) {
         match &self.target {
             Target::Kvm(vm) => vm.signal(address, data),
@@ -103,7 +111,7 @@ impl Routes {
                 None
             }
         };
-        Some(Vector { event, index, address, data })
+        Some(Vector { event, index, address, data, connected: true })
     }
 
     fn change(&self, index: usize, address: u64, data: u32) -> Option<()> {
@@ -129,11 +137,36 @@ impl Vector {
         self.trigger(routes);
     }
 
+    /// The event, to be written by the kernel.
+    pub fn fd(&self) -> Option<RawFd> {
+        self.event.as_ref().map(AsRawFd::as_raw_fd)
+    }
+
+    /// Follows what the guest did to a vector whose event is written by the kernel: while it is not `open` the event only
+    /// counts, and the kernel raises one interrupt for what was counted as soon as it is open again.
+    pub fn connect(&mut self, routes: &Routes, address: u64, data: u32, open: bool) {
+        let (Some(event), Target::Kvm(vm)) = (&self.event, &routes.target) else { return };
+        if !open {
+            if self.connected && vm.unregister_irqfd(event, number(self.index)).is_ok() {
+                self.connected = false;
+            }
+            return;
+        }
+        // A refusal leaves the old route: interrupts go to where the guest had them before.
+        if (self.address, self.data) != (address, data) && routes.change(self.index, address, data).is_some()
+        {
+            (self.address, self.data) = (address, data);
+        }
+        if !self.connected && vm.register_irqfd(event, number(self.index)).is_ok() {
+            self.connected = true;
+        }
+    }
+
     fn trigger(&self, routes: &Routes) {
         match &self.event {
             // Refused only at the largest count; then an interrupt is on its way anyway.
-            Some(event) => drop(event.write(1)),
-            None => routes.send_directly(self.address, self.data),
+            Some(event) if self.connected => drop(event.write(1)),
+            _ => routes.send_directly(self.address, self.data),
         }
     }
 }

@@ -44,6 +44,7 @@ pub mod poll;
 pub mod probe;
 pub mod sandbox;
 pub mod snapshot;
+pub mod stats;
 pub mod times;
 pub mod vcpu;
 pub mod virtio;

@@ -11,7 +11,7 @@ use std::io;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::sync::Arc;
 
-use blixard_vmm_api::config::{ConfigError, VCPUS_MAX};
+use blixard_vmm_api::config::{ConfigError, NicConfig, VCPUS_MAX};
 use blixard_vmm_api::guest::{Identity, LinkRecord};
 use blixard_vmm_api::{ExitReason, VmConfig};
 use kvm_ioctls::VcpuFd;
@@ -43,10 +43,12 @@ use crate::vcpu::{self, Begin, VcpuError, Vcpus};
 use crate::virtio::balloon::{Balloon, BalloonError};
 use crate::virtio::block::{Block, BlockError};
 use crate::virtio::device::{Device, GuestMemory};
-use crate::virtio::net::{Net, NetError};
+use crate::virtio::net::{self, Net, NetError};
+use crate::virtio::net_tap::Tap;
 use crate::virtio::pmem::{Pmem, PmemError};
 use crate::virtio::rng::{self, Rng, RngError};
 use crate::virtio::transport::{Transport, first_bar};
+use crate::virtio::vhost_net::Vhost;
 use crate::virtio::vsock::{Vsock, VsockError};
 use crate::worker::{AskStop, Guest, Parts, Slot, Worker};
 
@@ -421,7 +423,7 @@ fn devices(
     }
     for nic in &config.nics {
         let refused = |source| StartError::Net { id: nic.id.clone(), source };
-        let net = Net::new(given.take(&nic.tap)?, nic.mac, nic.mtu).map_err(refused)?;
+        let net = Net::new(net_parts(nic, given)?).map_err(refused)?;
         devices.push((format!("net.{}", nic.id), Box::new(net)));
     }
     let (mut ask_stop, mut tell_restored): (Option<AskStop>, Option<AskStop>) = (None, None);
@@ -472,6 +474,21 @@ fn pmems(
         pmems.push((format!("pmem.{}", pmem.id), Box::new(device)));
     }
     Ok(pmems)
+}
+
+fn net_parts(nic: &NicConfig, given: &mut Descriptors) -> Result<net::Parts, StartError> {
+    let refused = |source: NetError| StartError::Net { id: nic.id.clone(), source };
+    let mut taps = vec![];
+    for name in std::iter::once(&nic.tap).chain(&nic.more_taps) {
+        taps.push(Tap::new(given.take(name)?).map_err(|error| refused(error.into()))?);
+    }
+    let mut vhost = vec![];
+    for name in &nic.vhost {
+        vhost.push(Vhost::new(given.take(name)?).map_err(|error| refused(error.into()))?);
+    }
+    let receive_limit = nic.receive_limit.unwrap_or_default();
+    let send_limit = nic.send_limit.unwrap_or_default();
+    Ok(net::Parts { taps, vhost, mac: nic.mac, mtu: nic.mtu, receive_limit, send_limit })
 }
 
 fn slots(

@@ -38,7 +38,7 @@ const USAGE: &str = "\
 blixard-vmm --config-fd N        run the VM whose configuration (JSON) is in descriptor N
 blixard-vmm run --kernel PATH    run a VM on this terminal; all paths are opened before the sandbox
     [--initramfs PATH] [--cmdline TEXT] [--vcpus N] [--memory MIB]
-    [--disk PATH[,ro]]... [--pmem PATH[,ro]]... [--tap NAME]... [--vsock PATH,CID] [--rng]
+    [--disk PATH[,ro]]... [--pmem PATH[,ro]]... [--tap NAME[,QUEUES][,vhost]]... [--vsock PATH,CID] [--rng]
     [--balloon MIB[,oom][,reporting][,hinting][,statistics=SECONDS]]
     [--control PATH] [--boot-timer] [--no-stdin] [--log-syscalls]
     [--cpu BASELINE] [--track-writes] [--huge-pages] [--thp] [--merge]

@@ -28,6 +28,8 @@ pub const DISKS_MAX: usize = 16;
 pub const PMEMS_MAX: usize = 8;
 /// Most nics of one VM.
 pub const NICS_MAX: usize = 8;
+/// Most queues of the TAP of one nic, and so pairs of its virtio queues.
+pub const QUEUE_PAIRS_MAX: usize = 8;
 /// Largest configuration in bytes that a VMM reads.
 pub const CONFIG_BYTES_MAX: usize = 1 << 20;
 /// Longest descriptor name, id or serial number in bytes (a virtio-blk serial number has 20, virtio 1.3 section 5.2.6).
@@ -160,7 +162,7 @@ pub struct BalloonConfig {
     pub free_page_hinting: bool,
 }
 
-/// One virtio-net device over a TAP descriptor (IFF_TAP, IFF_NO_PI, IFF_VNET_HDR, 12-byte header).
+/// One virtio-net device over the descriptors of one TAP (IFF_TAP, IFF_NO_PI, IFF_VNET_HDR, 12-byte header).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NicConfig {
@@ -168,11 +170,50 @@ pub struct NicConfig {
     pub id: String,
     /// The TAP queue.
     pub tap: DescriptorName,
+    /// Further queues of the same TAP (IFF_MULTI_QUEUE). The device has a pair of virtio queues for each queue of the TAP,
+    /// at most [`QUEUE_PAIRS_MAX`] in all.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub more_taps: Vec<DescriptorName>,
+    /// Descriptors of `/dev/vhost-net`, none or one per queue of the TAP: the kernel then passes the frames itself.
+    /// Not possible together with limits.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub vhost: Vec<DescriptorName>,
     /// Hardware address, unicast.
     pub mac: MacAddr,
     /// Largest packet the guest may send, in bytes (virtio-net MTU).
     #[serde(default = "mtu_default")]
     pub mtu: u16,
+    /// Limit on frames to the guest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub receive_limit: Option<RateLimit>,
+    /// Limit on frames from the guest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub send_limit: Option<RateLimit>,
+}
+
+impl NicConfig {
+    fn validate(&self, field: &str) -> Result<(), ConfigError> {
+        check(self.mac.is_unicast(), &format!("{field}.mac"), || "not a unicast address".into())?;
+        check(self.mtu >= 68, &format!("{field}.mtu"), || "less than 68 bytes (RFC 791)".into())?;
+        let pairs = 1 + self.more_taps.len();
+        check(pairs <= QUEUE_PAIRS_MAX, &format!("{field}.more_taps"), || {
+            format!("{pairs} queues of the TAP with the first one, 1 to {QUEUE_PAIRS_MAX} are possible")
+        })?;
+        let vhost = self.vhost.len();
+        check(vhost == 0 || vhost == pairs, &format!("{field}.vhost"), || {
+            format!(
+                "{vhost} descriptors of vhost-net for {pairs} queues of the TAP: none or as many are possible"
+            )
+        })?;
+        for (name, limit) in [("receive_limit", &self.receive_limit), ("send_limit", &self.send_limit)] {
+            let Some(limit) = limit else { continue };
+            check(vhost == 0, &format!("{field}.{name}"), || {
+                "a nic served by vhost-net cannot be limited: the kernel passes its frames uncounted".into()
+            })?;
+            limit.validate(&format!("{field}.{name}"))?;
+        }
+        Ok(())
+    }
 }
 
 fn mtu_default() -> u16 {
@@ -315,8 +356,7 @@ impl VmConfig {
         for (i, nic) in self.nics.iter().enumerate() {
             check_name(&nic.id, &format!("nics[{i}].id"))?;
             check(ids.insert(&nic.id), &format!("nics[{i}].id"), || "used twice".into())?;
-            check(nic.mac.is_unicast(), &format!("nics[{i}].mac"), || "not a unicast address".into())?;
-            check(nic.mtu >= 68, &format!("nics[{i}].mtu"), || "less than 68 bytes (RFC 791)".into())?;
+            nic.validate(&format!("nics[{i}]"))?;
         }
         if let Some(vsock) = &self.vsock {
             check(vsock.cid >= 3 && vsock.cid < u32::MAX, "vsock.cid", || {
@@ -388,6 +428,10 @@ impl VmConfig {
         }
         for (i, nic) in self.nics.iter().enumerate() {
             uses.push((format!("nics[{i}].tap"), &nic.tap));
+            for (field, names) in [("more_taps", &nic.more_taps), ("vhost", &nic.vhost)] {
+                let each = names.iter().enumerate();
+                uses.extend(each.map(|(n, name)| (format!("nics[{i}].{field}[{n}]"), name.as_str())));
+            }
         }
         uses
     }
@@ -453,6 +497,38 @@ mod tests {
         config().validate().unwrap();
         let text = serde_json::to_string(&config()).unwrap();
         assert_eq!(serde_json::from_str::<VmConfig>(&text).unwrap(), config());
+    }
+
+    #[test]
+    fn a_nic_has_a_vhost_descriptor_per_queue_or_none_and_then_no_limits() {
+        use crate::rate::{Bucket, RateLimit};
+        let refused = |taps: usize, vhost: usize, limited: bool| {
+            let names = |what: &str, count: usize| (0..count).map(|n| format!("{what}{n}")).collect();
+            let mut config = config();
+            let operations = Some(Bucket { size: 1, burst: 0, refill_ms: 1 });
+            let limit = limited.then_some(RateLimit { bytes: None, operations });
+            let nic = NicConfig {
+                id: "nic0".into(),
+                tap: "tap".into(),
+                more_taps: names("tap", taps - 1),
+                vhost: names("vhost", vhost),
+                mac: MacAddr([2; 6]),
+                mtu: 1500,
+                receive_limit: None,
+                send_limit: limit,
+            };
+            for (number, name) in (10..).zip(nic.more_taps.iter().chain(&nic.vhost).chain([&nic.tap])) {
+                config.descriptors.insert(name.clone(), number);
+            }
+            config.nics.push(nic);
+            config.validate().map_err(|error| error.field)
+        };
+        assert_eq!(refused(1, 0, true), Ok(()));
+        assert_eq!(refused(8, 8, false), Ok(()));
+        assert_eq!(refused(9, 0, false), Err("nics[0].more_taps".into()));
+        assert_eq!(refused(2, 1, false), Err("nics[0].vhost".into()));
+        assert_eq!(refused(1, 2, false), Err("nics[0].vhost".into()));
+        assert_eq!(refused(2, 2, true), Err("nics[0].send_limit".into()));
     }
 
     #[test]

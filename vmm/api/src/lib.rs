@@ -7,6 +7,7 @@
 //! * [`exit`]: why a VM ended, as a value and as a process exit code
 //! * [`guest`]: what the host tells the guest at boot, and the messages between both over vsock
 //! * [`rate`]: how fast a device may be
+//! * [`stats`]: what a VMM counts, and the events of its flight recorder
 #![forbid(unsafe_code)]
 
 pub mod config;
@@ -17,6 +18,7 @@ pub mod guest;
 pub mod id;
 pub mod rate;
 pub mod snapshot;
+pub mod stats;
 
 pub use config::VmConfig;
 pub use exit::ExitReason;

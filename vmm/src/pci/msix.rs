@@ -1,5 +1,6 @@
 //! MSI-X of one function (PCI Local Bus Specification 3.0 section 6.8.2): table, pending bits, enable and mask.
 
+use std::os::fd::RawFd;
 use std::sync::Arc;
 
 use crate::interrupt::{Routes, Vector};
@@ -19,6 +20,8 @@ struct Entry {
     pending: bool,
     /// The way into the kernel; made when the vector is first used.
     vector: Option<Vector>,
+    /// The kernel raises it without us: masks are passed on to it.
+    connected: bool,
 }
 
 /// Table and state.
@@ -32,7 +35,8 @@ pub struct MsiX {
 impl MsiX {
     /// `count` masked vectors.
     pub fn new(count: u16, routes: Arc<Routes>) -> Self {
-        let entry = || Entry { address: 0, data: 0, control: MASKED, pending: false, vector: None };
+        let entry =
+            || Entry { address: 0, data: 0, control: MASKED, pending: false, vector: None, connected: false };
         Self { entries: (0..count).map(|_| entry()).collect(), enabled: false, masked: false, routes }
     }
 
@@ -40,6 +44,7 @@ impl MsiX {
     pub fn set_control(&mut self, control: u16) {
         self.enabled = control & ENABLE != 0;
         self.masked = control & FUNCTION_MASK != 0;
+        self.follow_masks();
         self.deliver_pending();
     }
 
@@ -75,6 +80,7 @@ impl MsiX {
             *to = *from;
         }
         entry.set_bytes(bytes);
+        self.follow_masks();
         self.deliver_pending();
     }
 
@@ -123,6 +129,32 @@ impl MsiX {
         self.enabled = control & ENABLE != 0;
         self.masked = control & FUNCTION_MASK != 0;
         Ok(())
+    }
+
+    /// An event that raises `vector` without us from now on, as long as it is not masked; nothing when the driver does not
+    /// use MSI-X or the kernel has no way for it. The event lives as long as this table.
+    pub fn connect(&mut self, vector: u16) -> Option<RawFd> {
+        if !self.enabled {
+            return None;
+        }
+        let entry = self.entries.get_mut(usize::from(vector))?;
+        if entry.vector.is_none() {
+            entry.vector = self.routes.reserve(entry.address, entry.data);
+        }
+        let fd = entry.vector.as_ref()?.fd()?;
+        entry.connected = true;
+        self.follow_masks();
+        Some(fd)
+    }
+
+    fn follow_masks(&mut self) {
+        let masked = !self.enabled || self.masked;
+        for entry in self.entries.iter_mut().filter(|e| e.connected) {
+            if let Some(vector) = &mut entry.vector {
+                let open = !masked && entry.control & MASKED == 0;
+                vector.connect(&self.routes, entry.address, entry.data, open);
+            }
+        }
     }
 
     fn deliver_pending(&mut self) {

@@ -102,6 +102,19 @@ const KVM_SET_CLOCK: u64 = 0x4030_AE7B;
 const PR_SET_NAME: u64 = 15;
 /// Flags of a new thread: all is shared with the others.
 const THREAD: u64 = 0x007D_0F00;
+const VHOST_GET_FEATURES: u64 = 0x8008_AF00;
+const VHOST_SET_OWNER: u64 = 0xAF01;
+const TUNSETQUEUE: u64 = 0x4004_54D9;
+const VHOST_SET_FEATURES: u64 = 0x4008_AF00;
+const VHOST_SET_MEM_TABLE: u64 = 0x4008_AF03;
+const VHOST_SET_VRING_NUM: u64 = 0x4008_AF10;
+const VHOST_SET_VRING_ADDR: u64 = 0x4028_AF11;
+const VHOST_SET_VRING_BASE: u64 = 0x4008_AF12;
+const VHOST_GET_VRING_BASE: u64 = 0xC008_AF12;
+const VHOST_SET_VRING_KICK: u64 = 0x4008_AF20;
+const VHOST_SET_VRING_CALL: u64 = 0x4008_AF21;
+const VHOST_SET_VRING_ERR: u64 = 0x4008_AF22;
+const VHOST_NET_SET_BACKEND: u64 = 0x4008_AF30;
 /// `FALLOC_FL_PUNCH_HOLE` and `FALLOC_FL_KEEP_SIZE`.
 const PUNCH_HOLE: u64 = 3;
 /// `FALLOC_FL_ZERO_RANGE` and `FALLOC_FL_KEEP_SIZE`.
@@ -141,6 +154,8 @@ pub const SETUP: &[Row] = &[
     unseen(ioctl!(TUNGETFEATURES), TAP),
     unseen(ioctl!(TUNGETIFF), TAP),
     unseen(ioctl!(TUNSETVNETHDRSZ), TAP),
+    unseen(ioctl!(VHOST_GET_FEATURES), TAP),
+    unseen(ioctl!(VHOST_SET_OWNER), TAP),
     unseen(ioctl!(KVM_SET_TSC_KHZ), "restore on a host with another TSC frequency"),
     ioctl!(KVM_SET_XCRS),                // restore, as the next ones
     ioctl!(KVM_SET_XSAVE),
@@ -218,6 +233,17 @@ pub const IO: &[Row] = &[
     unseen(ioctl!(BLKGETSIZE64), "blk: another backing, a disk that grew"),
     unseen(ioctl!(BLKSSZGET), "blk: another backing"),
     unseen(ioctl!(TUNSETOFFLOAD), "net: what its driver agreed to, at each activation"),
+    unseen(ioctl!(TUNSETQUEUE), "net: how many queues its driver uses"),
+    unseen(ioctl!(VHOST_SET_FEATURES), "net with vhost: its driver is ready"),
+    unseen(ioctl!(VHOST_SET_MEM_TABLE), "net with vhost: its driver is ready"),
+    unseen(ioctl!(VHOST_SET_VRING_NUM), "net with vhost: its driver is ready"),
+    unseen(ioctl!(VHOST_SET_VRING_BASE), "net with vhost: its driver is ready"),
+    unseen(ioctl!(VHOST_SET_VRING_ADDR), "net with vhost: its driver is ready"),
+    unseen(ioctl!(VHOST_SET_VRING_KICK), "net with vhost: its driver is ready"),
+    unseen(ioctl!(VHOST_SET_VRING_CALL), "net with vhost: its driver is ready"),
+    unseen(ioctl!(VHOST_SET_VRING_ERR), "net with vhost: its driver is ready"),
+    unseen(ioctl!(VHOST_NET_SET_BACKEND), "net with vhost: begins, pauses, ends"),
+    unseen(ioctl!(VHOST_GET_VRING_BASE), "net with vhost: where it ended"),
     any(libc::SYS_ftruncate),            // size of a memory file; the console log starts anew
     any(libc::SYS_timerfd_settime), // rate limits and time limits of vsock
     any(libc::SYS_eventfd2),             // a driver enables a queue or uses a vector for the first time

@@ -19,6 +19,7 @@ use vm_memory::{GuestMemoryMmap, VolatileSlice};
 use super::queue::Queue;
 use crate::memory::dirty::{DirtyMap, DirtySlice};
 use crate::snapshot::codec::{Invalid, Reader, Writer};
+use crate::stats::Samples;
 
 /// Guest memory as all parts of the VMM share it. What the VMM writes there is noted when pages are tracked.
 pub type GuestMemory = GuestMemoryMmap<DirtyMap>;
@@ -112,6 +113,16 @@ pub trait Interrupt: Send + Sync {
     /// The device found the driver's memory nonsense: sets DEVICE_NEEDS_RESET and tells the driver
     /// (virtio 1.3 section 2.1.2). The device then ignores its queues until it is reset.
     fn needs_reset(&self);
+    /// The event at which kicks of queue `index` arrive, for a kernel that serves the queue itself (vhost). Who hands it on
+    /// ends the I/O thread's watch of it.
+    fn kick_fd(&self, _index: u16) -> Option<RawFd> {
+        None
+    }
+    /// An event that raises the interrupt of queue `index` through the kernel alone (irqfd), as long as the driver leaves
+    /// its vector unmasked; what comes meanwhile is raised when it is unmasked.
+    fn call_fd(&self, _index: u16) -> Option<RawFd> {
+        None
+    }
 }
 
 /// What a device gets when its driver is ready.
@@ -206,5 +217,9 @@ pub trait Device: Send {
     /// Counters by name, for example `read_bytes`.
     fn counters(&self) -> Vec<(&'static str, u64)> {
         Vec::new()
+    }
+    /// Counters of its queues too, and its histograms. Default: [`Self::counters`].
+    fn samples(&self, samples: &mut Samples) {
+        samples.counters(None, &self.counters());
     }
 }

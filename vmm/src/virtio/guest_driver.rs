@@ -248,7 +248,7 @@ pub fn write_descriptor(memory: &GuestMemory, at: u64, address: u64, length: u32
 /// Counts the interrupts of a device.
 #[derive(Debug, Default)]
 pub struct Recorder {
-    used: [AtomicU64; 8],
+    used: [AtomicU64; 32],
     config_changed: AtomicU64,
     needs_reset: AtomicU64,
 }

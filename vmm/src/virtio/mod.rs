@@ -21,6 +21,10 @@ pub mod hostile;
 mod hostile_test;
 pub mod iovec;
 pub mod net;
+mod net_control;
+#[cfg(test)]
+mod net_control_test;
+mod net_pair;
 mod net_queues;
 pub mod net_tap;
 #[cfg(test)]
@@ -39,6 +43,7 @@ mod transport_state;
 #[cfg(test)]
 mod transport_test;
 pub mod turn;
+pub mod vhost_net;
 pub mod vsock;
 mod vsock_clients;
 #[cfg(test)]

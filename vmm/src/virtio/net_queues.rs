@@ -9,6 +9,8 @@ use super::device::GuestMemory;
 use super::iovec::IoVecs;
 use super::net_tap::{FRAME_MAX, HEADER, Outcome, Tap};
 use super::queue::{Queue, QueueError};
+use super::rate::Limiter;
+use crate::stats::Histogram;
 
 /// Frames in one direction before other devices get their turn.
 const FRAMES_PER_TURN: usize = 64;
@@ -26,6 +28,12 @@ pub(super) enum NetFailure {
     Event(#[source] io::Error),
     #[error("offloads of the tap")]
     Offload(#[source] io::Error),
+    #[error("queues of the tap")]
+    Attach(#[source] io::Error),
+    #[error("limit")]
+    Limit(#[source] io::Error),
+    #[error("vhost-net found a queue broken")]
+    Kernel,
 }
 
 /// The host's side.
@@ -48,6 +56,21 @@ pub(super) struct Counts {
     pub(super) sent: u64,
     pub(super) sent_bytes: u64,
     pub(super) sent_dropped: u64,
+    /// Interrupts for either direction.
+    pub(super) interrupts: u64,
+    pub(super) turns: u64,
+    /// Frames to the guest in one turn.
+    pub(super) batches: Histogram,
+}
+
+impl Counts {
+    /// A turn passed so many frames to the guest.
+    pub(super) fn batch(&mut self, frames: u64) {
+        self.turns += 1;
+        if frames > 0 {
+            self.batches.record(frames);
+        }
+    }
 }
 
 /// Frames to the guest.
@@ -58,8 +81,19 @@ pub(super) struct ToGuest {
     /// Chains taken and not yet filled, and their pieces in the same order.
     held: VecDeque<Chain>,
     room: IoVecs,
-    /// Bytes of the frame in [`Host::frame`] that waits for buffers.
-    waiting: Option<usize>,
+    /// A frame that the tap gave us and the driver does not have yet.
+    waiting: Option<Waiting>,
+}
+
+/// A frame on its way to the driver.
+#[derive(Clone, Copy)]
+struct Waiting {
+    /// Its bytes with the header.
+    length: usize,
+    /// It is in the first of the held chains, else in [`Host::frame`].
+    straight: bool,
+    /// It has its tokens.
+    admitted: bool,
 }
 
 /// Frames from the guest.
@@ -67,8 +101,10 @@ pub(super) struct FromGuest {
     memory: Arc<GuestMemory>,
     pub(super) queue: Queue,
     frame: IoVecs,
-    /// A frame that the tap had no room for.
+    /// A frame that the tap had no room for, or that has to wait for tokens.
     waiting: Option<Chain>,
+    /// It has its tokens.
+    admitted: bool,
 }
 
 /// Why a direction stopped.
@@ -80,6 +116,8 @@ pub(super) enum Stop {
     Driver,
     /// Its turn is over.
     Turn,
+    /// It has used up its rate.
+    Limit,
 }
 
 impl Host {
@@ -99,46 +137,69 @@ impl ToGuest {
         self.queue = Queue::disabled(0);
         self.held.clear();
         self.room.clear();
+        self.waiting = None;
     }
 
-    pub(super) fn run(&mut self, host: &mut Host) -> Result<Stop, NetFailure> {
+    pub(super) fn run(&mut self, host: &mut Host, limit: &mut Option<Limiter>) -> Result<Stop, NetFailure> {
         if !self.queue.is_enabled() || host.gone {
             return Ok(Stop::Driver);
         }
         for _ in 0..FRAMES_PER_TURN {
-            if let Some(length) = self.waiting {
-                if !self.scatter(length, host)? {
-                    return Ok(Stop::Driver);
-                }
-                self.waiting = None;
-                continue;
+            if self.waiting.is_none()
+                && let Some(stop) = self.receive(host)?
+            {
+                return Ok(stop);
             }
-            self.hold(FRAME_MAX)?;
-            // Without mergeable buffers a frame has to fit in one chain.
-            let room = if self.mergeable { self.room.left() } else { self.first_length() };
-            if room == 0 {
-                return Ok(Stop::Driver);
-            }
-            let straight = room >= FRAME_MAX;
-            let outcome = if straight {
-                host.tap.receive(&self.room)
-            } else {
-                host.frame.resize(FRAME_MAX, 0);
-                host.tap.receive_here(&mut host.frame)
-            };
-            match outcome {
-                Outcome::Done(length) if length < HEADER => host.counts.received_dropped += 1,
-                Outcome::Done(length) if straight => self.give_back(length, host)?,
-                Outcome::Done(length) => self.waiting = Some(length),
-                Outcome::Refused => host.counts.received_dropped += 1,
-                Outcome::Wait => return Ok(Stop::Tap),
-                Outcome::Gone => {
-                    host.gone = true;
-                    return Ok(Stop::Driver);
-                }
+            if let Some(stop) = self.deliver(host, limit)? {
+                return Ok(stop);
             }
         }
         Ok(Stop::Turn)
+    }
+
+    /// Takes the next frame from the tap.
+    fn receive(&mut self, host: &mut Host) -> Result<Option<Stop>, NetFailure> {
+        self.hold(FRAME_MAX)?;
+        // Without mergeable buffers a frame has to fit in one chain.
+        let room = if self.mergeable { self.room.left() } else { self.first_length() };
+        if room == 0 {
+            return Ok(Some(Stop::Driver));
+        }
+        let straight = room >= FRAME_MAX;
+        let outcome = if straight {
+            host.tap.receive(&self.room)
+        } else {
+            host.frame.resize(FRAME_MAX, 0);
+            host.tap.receive_here(&mut host.frame)
+        };
+        match outcome {
+            Outcome::Done(length) if length < HEADER => host.counts.received_dropped += 1,
+            Outcome::Done(length) => self.waiting = Some(Waiting { length, straight, admitted: false }),
+            Outcome::Refused => host.counts.received_dropped += 1,
+            Outcome::Wait => return Ok(Some(Stop::Tap)),
+            Outcome::Gone => {
+                host.gone = true;
+                return Ok(Some(Stop::Driver));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Gives the waiting frame, if there is one, to the driver.
+    fn deliver(&mut self, host: &mut Host, limit: &mut Option<Limiter>) -> Result<Option<Stop>, NetFailure> {
+        let Some(frame) = &mut self.waiting else { return Ok(None) };
+        frame.admitted = frame.admitted || admit(limit, frame.length)?;
+        if !frame.admitted {
+            return Ok(Some(Stop::Limit));
+        }
+        let Waiting { length, straight, .. } = *frame;
+        if straight {
+            self.give_back(length, host)?;
+        } else if !self.scatter(length, host)? {
+            return Ok(Some(Stop::Driver));
+        }
+        self.waiting = None;
+        Ok(None)
     }
 
     fn first_length(&self) -> usize {
@@ -223,7 +284,7 @@ impl ToGuest {
 
 impl FromGuest {
     pub(super) fn new(memory: &Arc<GuestMemory>, queue: Queue) -> Self {
-        Self { memory: Arc::clone(memory), queue, frame: IoVecs::new(memory), waiting: None }
+        Self { memory: Arc::clone(memory), queue, frame: IoVecs::new(memory), waiting: None, admitted: false }
     }
 
     /// Sends no frame any more.
@@ -232,7 +293,7 @@ impl FromGuest {
         self.waiting = None;
     }
 
-    pub(super) fn run(&mut self, host: &mut Host) -> Result<Stop, NetFailure> {
+    pub(super) fn run(&mut self, host: &mut Host, limit: &mut Option<Limiter>) -> Result<Stop, NetFailure> {
         if !self.queue.is_enabled() {
             return Ok(Stop::Driver);
         }
@@ -248,8 +309,13 @@ impl FromGuest {
             let length = chain.readable_length() as usize;
             if host.gone || length <= HEADER || length > FRAME_MAX {
                 host.counts.sent_dropped += 1;
-                self.queue.add_used(chain, 0)?;
+                self.give_back(chain)?;
                 continue;
+            }
+            self.admitted = self.admitted || admit(limit, length)?;
+            if !self.admitted {
+                self.waiting = Some(chain);
+                return Ok(Stop::Limit);
             }
             self.frame.clear();
             self.frame.add_readable(chain.reader(&self.memory))?;
@@ -268,8 +334,19 @@ impl FromGuest {
                     host.counts.sent_dropped += 1;
                 }
             }
-            self.queue.add_used(chain, 0)?;
+            self.give_back(chain)?;
         }
         Ok(Stop::Turn)
     }
+
+    fn give_back(&mut self, chain: Chain) -> Result<(), NetFailure> {
+        self.admitted = false;
+        Ok(self.queue.add_used(chain, 0)?)
+    }
+}
+
+/// Whether a frame of `length` bytes with its header may pass now.
+fn admit(limit: &mut Option<Limiter>, length: usize) -> Result<bool, NetFailure> {
+    let Some(limit) = limit else { return Ok(true) };
+    limit.admit((length - HEADER.min(length)) as u64, 1).map_err(NetFailure::Limit)
 }

@@ -19,15 +19,26 @@ pub mod offload {
     pub const TSO4: u32 = 2;
     /// The same over IPv6.
     pub const TSO6: u32 = 4;
+    /// TCP segments with an ECN mark may be in such frames.
+    pub const TSO_ECN: u32 = 8;
+    /// UDP over IPv4 may come in frames larger than the MTU. The kernel takes it together with [`USO6`] only.
+    pub const USO4: u32 = 0x20;
+    /// The same over IPv6.
+    pub const USO6: u32 = 0x40;
 }
 
-// include/uapi/linux/if_tun.h: _IOW('T', 208, unsigned int), _IOR('T', 210, unsigned int), _IOW('T', 216, int).
+// include/uapi/linux/if_tun.h: _IOW('T', 208, unsigned int), _IOR('T', 210, unsigned int), _IOW('T', 216, int),
+// _IOW('T', 217, int).
 const TUNSETOFFLOAD: libc::Ioctl = 0x4004_54d0;
 const TUNGETIFF: libc::Ioctl = 0x8004_54d2_u32.cast_signed();
 const TUNSETVNETHDRSZ: libc::Ioctl = 0x4004_54d8;
+const TUNSETQUEUE: libc::Ioctl = 0x4004_54d9;
 const IFF_TAP: u16 = 2;
 const IFF_NO_PI: u16 = 0x1000;
 const IFF_VNET_HDR: u16 = 0x4000;
+const IFF_MULTI_QUEUE: u16 = 0x0100;
+const IFF_ATTACH_QUEUE: u16 = 0x0200;
+const IFF_DETACH_QUEUE: u16 = 0x0400;
 
 /// Why a descriptor cannot carry frames.
 #[derive(Debug, thiserror::Error)]
@@ -63,6 +74,12 @@ pub enum Outcome {
 pub struct Tap {
     fd: OwnedFd,
     is_tap: bool,
+    /// UDP frames larger than the MTU pass in both directions.
+    uso: bool,
+    /// It is one of several queues of its interface.
+    is_multi_queue: bool,
+    /// The interface gives and takes frames here.
+    attached: bool,
 }
 
 impl Tap {
@@ -81,7 +98,12 @@ impl Tap {
         // SAFETY: TUNSETVNETHDRSZ reads one int, from `length`.
         let result = unsafe { libc::ioctl(fd.as_raw_fd(), TUNSETVNETHDRSZ, &raw const length) };
         answer(result).map_err(TapError::Header)?;
-        Ok(Self { fd, is_tap: true })
+        let is_multi_queue = flags & IFF_MULTI_QUEUE != 0;
+        let mut tap = Self { fd, is_tap: true, uso: false, is_multi_queue, attached: true };
+        // Linux 6.2 and later know these.
+        let all = offload::CSUM | offload::TSO4 | offload::TSO6 | offload::USO4 | offload::USO6;
+        tap.uso = tap.set_offload(all).is_ok() && tap.set_offload(0).is_ok();
+        Ok(tap)
     }
 
     /// A datagram socket whose datagrams are frames with a header: a tap without a kernel interface.
@@ -90,7 +112,44 @@ impl Tap {
     /// It cannot be made non-blocking.
     pub fn from_datagrams(fd: OwnedFd) -> Result<Self, TapError> {
         socket::set_nonblocking(&fd).map_err(TapError::NonBlocking)?;
-        Ok(Self { fd, is_tap: false })
+        Ok(Self { fd, is_tap: false, uso: true, is_multi_queue: true, attached: true })
+    }
+
+    /// Whether UDP frames larger than the MTU pass, in both directions.
+    pub fn has_uso(&self) -> bool {
+        self.uso
+    }
+
+    /// Whether it can be one of several queues.
+    pub fn is_multi_queue(&self) -> bool {
+        self.is_multi_queue
+    }
+
+    /// Whether the interface gives and takes frames at this queue.
+    pub fn is_attached(&self) -> bool {
+        self.attached
+    }
+
+    /// Lets the interface use this queue, or not: the kernel spreads flows over those that are attached. Frames that wait
+    /// in a queue are lost when it is detached.
+    ///
+    /// # Errors
+    /// The system's answer.
+    pub fn attach(&mut self, attached: bool) -> io::Result<()> {
+        if self.attached == attached {
+            return Ok(());
+        }
+        if self.is_tap {
+            let mut request = [0u8; 40];
+            let flag = if attached { IFF_ATTACH_QUEUE } else { IFF_DETACH_QUEUE };
+            for (to, from) in request.iter_mut().skip(16).zip(flag.to_ne_bytes()) {
+                *to = from;
+            }
+            // SAFETY: TUNSETQUEUE reads a struct ifreq of 40 bytes, from `request`.
+            answer(unsafe { libc::ioctl(self.fd.as_raw_fd(), TUNSETQUEUE, request.as_ptr()) })?;
+        }
+        self.attached = attached;
+        Ok(())
     }
 
     /// For watching.

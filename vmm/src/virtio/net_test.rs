@@ -11,7 +11,7 @@ use proptest::prelude::*;
 
 use super::device::Device;
 use super::guest_driver::{Buffer, Machine};
-use super::net::{Net, NetError};
+use super::net::{Net, NetError, Parts};
 use super::net_tap::{FRAME_MAX, Tap, TapError};
 
 const MAC: MacAddr = MacAddr([0x52, 0x54, 0, 1, 2, 3]);
@@ -55,7 +55,7 @@ impl Card {
         let (ours, theirs) = UnixDatagram::pair().unwrap();
         theirs.set_nonblocking(true).unwrap();
         let tap = Tap::from_datagrams(ours.into()).unwrap();
-        (Self::new(Net::on(tap, MAC, 1500).unwrap(), features, event_idx), theirs)
+        (Self::new(Net::new(Parts::new(tap, MAC, 1500)).unwrap(), features, event_idx), theirs)
     }
 
     fn offer(&mut self, length: u32) -> bool {
@@ -314,10 +314,10 @@ fn empty_buffers_for_frames_stop_the_device() {
 #[test]
 fn what_cannot_be_a_card_is_refused() {
     let (ours, _theirs) = UnixDatagram::pair().unwrap();
-    assert!(matches!(Net::new(ours.into(), MAC, 1500), Err(NetError::Tap(TapError::NotATap(_)))));
+    assert!(matches!(Tap::new(ours.into()), Err(TapError::NotATap(_))));
     let tap = || Tap::from_datagrams(UnixDatagram::pair().unwrap().0.into()).unwrap();
-    assert!(matches!(Net::on(tap(), MacAddr([1, 0, 0, 0, 0, 1]), 1500), Err(NetError::Mac(_))));
-    assert!(matches!(Net::on(tap(), MAC, 67), Err(NetError::Mtu(67))));
+    assert!(matches!(Net::new(Parts::new(tap(), MacAddr([1, 0, 0, 0, 0, 1]), 1500)), Err(NetError::Mac(_))));
+    assert!(matches!(Net::new(Parts::new(tap(), MAC, 67)), Err(NetError::Mtu(67))));
 }
 
 #[derive(Debug, Clone)]
@@ -387,8 +387,9 @@ proptest! {
 
 const TUNSETIFF: libc::Ioctl = 0x4004_54ca;
 
-/// A tap in a network namespace of this thread, with address 10.99.0.1 and up; `None` with a line where that is not possible.
-fn real_tap() -> Option<OwnedFd> {
+/// Queues of a tap in a network namespace of this thread, with address 10.99.0.1 and up; `None` with a line where that is
+/// not possible.
+pub(super) fn real_taps(count: usize) -> Option<Vec<OwnedFd>> {
     let skip = |what: &str| {
         println!("skipped: real tap: {what}: {}", std::io::Error::last_os_error());
         None
@@ -397,24 +398,29 @@ fn real_tap() -> Option<OwnedFd> {
     if unsafe { libc::unshare(libc::CLONE_NEWNET) } != 0 {
         return skip("no network namespace");
     }
-    // SAFETY: the path is a string with a NUL.
-    let fd = unsafe { libc::open(c"/dev/net/tun".as_ptr(), libc::O_RDWR | libc::O_CLOEXEC) };
-    if fd < 0 {
-        return skip("/dev/net/tun");
-    }
-    // SAFETY: just opened, owned by nobody else.
-    let tap = unsafe { OwnedFd::from_raw_fd(fd) };
     let request = |fields: &[u8]| {
         let mut request = [0u8; 40];
         request[..4].copy_from_slice(b"tap0");
         request[16..16 + fields.len()].copy_from_slice(fields);
         request
     };
-    let flags = (libc::IFF_TAP | libc::IFF_NO_PI | 0x4000) as u16;
-    let mut argument = request(&flags.to_ne_bytes());
-    // SAFETY: TUNSETIFF reads and writes a struct ifreq of 40 bytes.
-    if unsafe { libc::ioctl(tap.as_raw_fd(), TUNSETIFF, argument.as_mut_ptr()) } != 0 {
-        return skip("TUNSETIFF");
+    let several = if count > 1 { 0x100 } else { 0 };
+    let flags = (libc::IFF_TAP | libc::IFF_NO_PI | 0x4000 | several) as u16;
+    let mut taps = vec![];
+    for _ in 0..count {
+        // SAFETY: the path is a string with a NUL.
+        let fd = unsafe { libc::open(c"/dev/net/tun".as_ptr(), libc::O_RDWR | libc::O_CLOEXEC) };
+        if fd < 0 {
+            return skip("/dev/net/tun");
+        }
+        // SAFETY: just opened, owned by nobody else.
+        let tap = unsafe { OwnedFd::from_raw_fd(fd) };
+        let mut argument = request(&flags.to_ne_bytes());
+        // SAFETY: TUNSETIFF reads and writes a struct ifreq of 40 bytes.
+        if unsafe { libc::ioctl(tap.as_raw_fd(), TUNSETIFF, argument.as_mut_ptr()) } != 0 {
+            return skip("TUNSETIFF");
+        }
+        taps.push(tap);
     }
     let socket = std::net::UdpSocket::bind("0.0.0.0:0").unwrap();
     let address = [2, 0, 0, 0, 10, 99, 0, 1];
@@ -426,14 +432,15 @@ fn real_tap() -> Option<OwnedFd> {
             return skip("address");
         }
     }
-    Some(tap)
+    Some(taps)
 }
 
 #[test]
 fn the_kernel_answers_an_arp_request_of_the_guest_over_a_real_tap() {
-    let Some(tap) = real_tap() else { return };
+    let Some(tap) = real_taps(1).and_then(|mut taps| taps.pop()) else { return };
     let features = MRG_RXBUF | CSUM | GUEST_CSUM | GUEST_TSO4;
-    let mut card = Card::new(Net::new(tap, MAC, 1500).unwrap(), features, true);
+    let mut card =
+        Card::new(Net::new(Parts::new(Tap::new(tap).unwrap(), MAC, 1500)).unwrap(), features, true);
     for _ in 0..60 {
         card.offer(1536);
     }

@@ -289,6 +289,22 @@ impl Queue {
         self.size
     }
 
+    /// Guest address and length in bytes of descriptor table, available ring and used ring, for a kernel that serves the
+    /// queue.
+    pub fn areas(&self) -> [(u64, usize); 3] {
+        let entries = usize::from(self.size);
+        [
+            (self.descriptors.0, 16 * entries),
+            (self.available.0, 6 + 2 * entries),
+            (self.used.0, 6 + 8 * entries),
+        ]
+    }
+
+    /// Position in the available ring of the chain that is taken next.
+    pub fn next_available(&self) -> u16 {
+        self.next_available.0
+    }
+
     /// Chains that were taken and not yet given back.
     pub fn in_flight(&self) -> u16 {
         self.in_flight_count

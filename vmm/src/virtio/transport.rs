@@ -531,6 +531,16 @@ impl Interrupt for Transport {
     fn needs_reset(&self) {
         self.state().ask_for_reset();
     }
+
+    fn kick_fd(&self, index: u16) -> Option<RawFd> {
+        self.state().kicks.get(usize::from(index))?.as_ref().map(AsRawFd::as_raw_fd)
+    }
+
+    fn call_fd(&self, index: u16) -> Option<RawFd> {
+        let mut state = self.state();
+        let vector = state.queues.get(usize::from(index))?.vector;
+        state.msix.connect(vector)
+    }
 }
 
 impl Function for Transport {
