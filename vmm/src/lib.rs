@@ -31,6 +31,7 @@ pub mod control;
 pub mod descriptors;
 pub mod devices;
 pub mod elf;
+pub mod flight;
 pub mod image;
 pub mod interrupt;
 pub mod kvm;
@@ -47,6 +48,7 @@ pub mod snapshot;
 pub mod stats;
 pub mod times;
 pub mod vcpu;
+pub mod vcpu_stats;
 pub mod virtio;
 pub mod worker;
 

@@ -13,6 +13,7 @@ use std::sync::Arc;
 
 use blixard_vmm_api::config::{ConfigError, NicConfig, VCPUS_MAX};
 use blixard_vmm_api::guest::{Identity, LinkRecord};
+use blixard_vmm_api::stats::FlightEvent;
 use blixard_vmm_api::{ExitReason, VmConfig};
 use kvm_ioctls::VcpuFd;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
@@ -378,6 +379,11 @@ impl Running {
     /// Runs the guest until it ends.
     pub fn run(&mut self) -> ExitReason {
         self.worker.run()
+    }
+
+    /// The last events, for a VM that ended abnormally.
+    pub fn flight_events(&self) -> Vec<FlightEvent> {
+        self.worker.flight_events()
     }
 
     /// What the guest's init told.

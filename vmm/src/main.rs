@@ -8,7 +8,7 @@ mod terminal;
 use std::ffi::{CStr, c_char, c_int};
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, FromRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, RawFd};
 use std::sync::Arc;
 
 use blixard_vmm::descriptors::Descriptors;
@@ -17,7 +17,8 @@ use blixard_vmm::sandbox;
 use blixard_vmm::times::{Moment, Times};
 use blixard_vmm_api::config::CONFIG_BYTES_MAX;
 use blixard_vmm_api::exit::ExitRecord;
-use blixard_vmm_api::{ExitReason, VmConfig};
+use blixard_vmm_api::stats::FlightEvent;
+use blixard_vmm_api::{ExitReason, VmConfig, VmId};
 
 /// What the command line asks for.
 enum Command {
@@ -133,11 +134,12 @@ struct End {
     reason: ExitReason,
     workload: Option<blixard_vmm_api::guest::WorkloadExit>,
     guest_problem: Option<String>,
+    events: Vec<FlightEvent>,
 }
 
 impl End {
     fn refused(reason: ExitReason) -> Self {
-        Self { record: None, reason, workload: None, guest_problem: None }
+        Self { record: None, reason, workload: None, guest_problem: None, events: vec![] }
     }
 }
 
@@ -182,19 +184,38 @@ fn run(config: VmConfig, mut given: Descriptors, times: Arc<Times>, log_only: bo
     let record = config.exit_record.as_ref().and_then(|name| given.take(name).ok()).map(File::from);
     if let Some(file) = &record {
         sandbox::forbidden::record_in(file.as_fd(), config.vm);
+        record_panics(file.as_raw_fd(), config.vm);
     }
     let started =
         Assembled::new(&config, given, times).and_then(Assembled::load).and_then(|l| l.start(log_only));
-    let (reason, (workload, guest_problem)) = match started {
+    let (reason, (workload, guest_problem), events) = match started {
         Ok(mut running) => {
-            let end = (running.run(), running.guest().outcome());
+            let reason = running.run();
+            let events = if reason.is_abnormal() { running.flight_events() } else { vec![] };
+            let outcome = running.guest().outcome();
             // The process ends now, and the kernel takes all at once what would be given back piece by piece.
             std::mem::forget(running);
-            end
+            (reason, outcome, events)
         }
-        Err(error) => (error.exit_reason(), (None, None)),
+        Err(error) => (error.exit_reason(), (None, None), vec![]),
     };
-    End { record: record.map(|file| (file, config)), reason, workload, guest_problem }
+    End { record: record.map(|file| (file, config)), reason, workload, guest_problem, events }
+}
+
+/// Lets a panic, which no input should be able to cause, leave an exit record with the last events and end the process.
+fn record_panics(record: RawFd, vm: VmId) {
+    let say_it = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        let reason = ExitReason::Internal { detail: format!("panic: {panic}") };
+        let events = blixard_vmm::flight::events_now();
+        let record_of_end = ExitRecord { vm, reason, workload: None, guest_problem: None, events };
+        if let Ok(text) = serde_json::to_vec(&record_of_end) {
+            // SAFETY: pointer and length are those of a slice; the descriptor is open until the process ends.
+            let _too_late_to_care = unsafe { libc::write(record, text.as_ptr().cast(), text.len()) };
+        }
+        say_it(panic);
+        std::process::abort();
+    }));
 }
 
 fn run_options(options: &front_end::Options, times: Arc<Times>) -> u8 {
@@ -212,17 +233,17 @@ fn run_options(options: &front_end::Options, times: Arc<Times>) -> u8 {
 
 /// Writes the exit record, tells people why, and answers the exit code.
 fn finish(terminal: Option<terminal::Raw>, end: End) -> u8 {
-    let End { record, reason, workload, guest_problem } = end;
+    let End { record, reason, workload, guest_problem, events } = end;
     drop(terminal);
     if let Some((mut file, config)) = record {
-        let record = ExitRecord { vm: config.vm, reason: reason.clone(), workload, guest_problem };
+        let record = ExitRecord { vm: config.vm, reason: reason.clone(), workload, guest_problem, events };
         let written =
             serde_json::to_vec(&record).map_err(io::Error::other).and_then(|text| file.write_all(&text));
         if let Err(error) = written {
             say(&mut io::stderr(), &format!("blixard-vmm: exit record: {error}\n"));
         }
     }
-    if !matches!(reason, ExitReason::PowerOff | ExitReason::Reset | ExitReason::Killed) {
+    if reason.is_abnormal() {
         say(&mut io::stderr(), &format!("blixard-vmm: {reason}\n"));
     }
     reason.code()

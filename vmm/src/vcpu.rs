@@ -21,9 +21,11 @@ use crate::arch::x86_64::cpuid::Template;
 use crate::arch::x86_64::registers::{self, Entry};
 use crate::arch::x86_64::vcpu_state::{HostState, VcpuState, VcpuStateError};
 use crate::bus::Bus;
+use crate::flight::{self, What};
 use crate::mailbox::Message;
 use crate::sandbox::{self, SandboxError};
 use crate::times::Moment;
+use crate::vcpu_stats::VcpuStats;
 
 /// Stack of a vCPU thread in bytes; only what is used takes memory.
 const STACK: usize = 128 << 10;
@@ -235,6 +237,7 @@ pub enum Begin {
 /// All vCPU threads of the VM.
 pub struct Vcpus {
     gate: Arc<Gate>,
+    stats: Vec<Arc<VcpuStats>>,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -253,6 +256,7 @@ struct Vcpu {
     index: u8,
     bus: Arc<Bus>,
     gate: Arc<Gate>,
+    stats: Arc<VcpuStats>,
 }
 
 impl Vcpus {
@@ -263,8 +267,11 @@ impl Vcpus {
     pub fn start(fds: Vec<VcpuFd>, begin: &Begin, bus: &Arc<Bus>, log_only: bool) -> Result<Self, VcpuError> {
         let gate = Arc::new(Gate::new());
         let mut threads = Vec::with_capacity(fds.len());
+        let mut stats = Vec::with_capacity(fds.len());
         for (index, fd) in (0..).zip(fds) {
-            let mut vcpu = Vcpu { fd, index, bus: bus.clone(), gate: gate.clone() };
+            let own = Arc::new(VcpuStats::default());
+            let mut vcpu = Vcpu { fd, index, bus: bus.clone(), gate: gate.clone(), stats: own.clone() };
+            stats.push(own);
             let begin = begin.clone();
             let body = move || {
                 let ready = vcpu.set_up(&begin).and_then(|()| {
@@ -283,7 +290,12 @@ impl Vcpus {
             let builder = thread::Builder::new().name(format!("vcpu{index}")).stack_size(STACK);
             threads.push(builder.spawn(body).map_err(|source| VcpuError::Thread { index, source })?);
         }
-        Ok(Self { gate, threads })
+        Ok(Self { gate, stats, threads })
+    }
+
+    /// What each thread counts, by vCPU.
+    pub fn stats(&self) -> &[Arc<VcpuStats>] {
+        &self.stats
     }
 
     /// Lets all vCPUs run.
@@ -307,6 +319,16 @@ impl Vcpus {
     /// The kernel refuses, or a vCPU has ended.
     pub fn save(&self, host: HostState) -> Result<Vec<VcpuState>, VcpuError> {
         self.gate.save(self.threads.len(), host)
+    }
+}
+
+/// What the flight recorder says of a vCPU that ended.
+fn ended(reason: &ExitReason) -> &'static str {
+    match reason {
+        ExitReason::PowerOff => "power-off",
+        ExitReason::Reset => "reset",
+        ExitReason::GuestFault { .. } => "fault",
+        _ => "failed",
     }
 }
 
@@ -335,6 +357,7 @@ impl Vcpu {
     /// Runs the guest until it ends.
     fn run(&mut self) -> ExitReason {
         let reason = self.run_until_end();
+        flight::note(What::Vcpu(self.index), ended(&reason));
         IMMEDIATE_EXIT.set(ptr::null_mut());
         reason
     }
@@ -389,7 +412,12 @@ impl Vcpu {
     /// Runs the guest until its next exit; the reason when that ends the VM.
     fn step(&mut self) -> Option<ExitReason> {
         let result = self.fd.run();
-        Self::handle(&self.bus, result).map(|end| self.ended(end))
+        let timed = self.stats.count(&result);
+        let end = Self::handle(&self.bus, result);
+        if let Some(begin) = timed {
+            self.stats.handled(begin);
+        }
+        end.map(|end| self.ended(end))
     }
 
     fn handle(bus: &Bus, result: Result<VcpuExit<'_>, kvm_ioctls::Error>) -> Option<End> {

@@ -7,18 +7,21 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use blixard_vmm_api::control::{Event, FromVmm, Phase, Reply, Request, Status};
 use blixard_vmm_api::guest::{LinkRecord, WorkloadExit};
+use blixard_vmm_api::stats::FlightEvent;
 use blixard_vmm_api::{ExitReason, VmId};
 
 use crate::arch::x86_64::cpuid::Template;
 use crate::bus::Bus;
 use crate::control::{Answer, Answered, Control};
 use crate::devices::console::Console;
+use crate::flight::{self, What};
 use crate::kvm::Vm;
 use crate::mailbox::Message;
 use crate::memory::dirty::DirtyMap;
 use crate::memory::ram::Ram;
 use crate::poll::{DeviceWatch, Owner, Poll};
-use crate::times::{Moment, Times};
+use crate::stats::Samples;
+use crate::times::{Moment, Times, now_us};
 use crate::vcpu::Vcpus;
 use crate::virtio::device::{Activation, Device, DeviceRequest};
 use crate::virtio::transport::Transport;
@@ -29,6 +32,8 @@ const IN: u32 = libc::EPOLLIN.cast_unsigned();
 /// A kick wakes once and its count is never read: that saves a system call for each. A device looks at its whole queue, or
 /// asks for another turn.
 const KICK: u32 = IN | libc::EPOLLET.cast_unsigned();
+/// Longest reason of a device's failure in an exit record, in characters.
+const FAILURE_CHARS_MAX: usize = 200;
 
 /// What the guest's init told over the guest link.
 #[derive(Debug, Default)]
@@ -191,6 +196,7 @@ impl Worker {
 
     /// Lets the guest run and serves it until it ends.
     pub fn run(&mut self) -> ExitReason {
+        flight::note(What::Vm, "started");
         if let Some(paused) = self.restored {
             self.machine.wake(&mut self.poll, paused);
         } else {
@@ -218,6 +224,11 @@ impl Worker {
         reason
     }
 
+    /// The last events, for a VM that ended abnormally.
+    pub fn flight_events(&self) -> Vec<FlightEvent> {
+        self.machine.flight_events()
+    }
+
     fn dispatch(&mut self, owner: Owner, token: u64, events: u32) {
         let Self { poll, console, control, machine, .. } = self;
         match owner {
@@ -234,6 +245,7 @@ impl Worker {
                 }
             }
             Owner::Signals => {
+                flight::note(What::Vm, "signal");
                 machine.exit.get_or_insert(ExitReason::Killed);
                 // Reading takes the signal; what it was does not matter.
                 drop(read_signal(&self.signals));
@@ -302,12 +314,14 @@ impl Machine {
             queues: ready.queues,
             interrupt: slot.transport.clone(),
         };
+        flight::note(What::device(index), "activated");
         slot.device.activate(activation, &mut DeviceWatch { poll, device: index });
     }
 
     fn reset(&mut self, index: usize, poll: &mut Poll) {
         let Some(slot) = self.slots.get_mut(index) else { return };
         if std::mem::take(&mut slot.active) {
+            flight::note(What::device(index), "reset");
             slot.device.deactivate(&mut DeviceWatch { poll, device: index });
         }
         for fd in slot.transport.kicks() {
@@ -352,10 +366,36 @@ impl Machine {
             Err(reason) => Reply::Refused { reason: format!("{name}: {reason}") },
         }
     }
+
+    fn samples(&self) -> Samples {
+        let mut samples = Samples::default();
+        for slot in &self.slots {
+            slot.device.samples(samples.of(&slot.name));
+            samples.counters(None, &[("refused_activations", slot.transport.failures())]);
+        }
+        samples.of("console").counters(None, &self.console_counters);
+        for (index, stats) in self.vcpus.stats().iter().enumerate() {
+            stats.read(samples.of(&format!("vcpu{index}")));
+        }
+        samples
+    }
+
+    /// What the flight recorder has, and why devices stand still.
+    fn flight_events(&self) -> Vec<FlightEvent> {
+        let name = |index: u8| self.slots.get(usize::from(index)).map(|slot| slot.name.clone());
+        let mut events = flight::events(&name);
+        let failed = |slot: &Slot| {
+            let event = slot.device.failure()?.chars().take(FAILURE_CHARS_MAX).collect();
+            Some(FlightEvent { at_us: now_us(), what: slot.name.clone(), event })
+        };
+        events.extend(self.slots.iter().filter_map(failed));
+        events
+    }
 }
 
 impl Answer for Machine {
     fn answer(&mut self, request: &Request, mut given: Vec<OwnedFd>, poll: &mut Poll) -> Answered {
+        flight::note_request(request);
         let reply = match request {
             Request::Status | Request::Subscribe => Reply::Status(self.status()),
             Request::Pause => {
@@ -389,6 +429,7 @@ impl Answer for Machine {
             Request::SetBalloon { mib } => self.ask_device("balloon", DeviceRequest::Inflate(*mib), poll),
             Request::StartHinting => self.ask_device("balloon", DeviceRequest::StartHinting, poll),
             Request::StopHinting => self.ask_device("balloon", DeviceRequest::StopHinting, poll),
+            Request::Metrics { from } => Reply::Metrics(self.samples().page(*from)),
         };
         (reply, vec![])
     }

@@ -14,6 +14,7 @@ use crate::exit::ExitReason;
 use crate::guest::WorkloadExit;
 use crate::id::VmId;
 use crate::snapshot::{SnapshotKind, SnapshotMade};
+use crate::stats::Samples;
 
 /// Longest message in bytes, either way.
 pub const MESSAGE_BYTES_MAX: usize = 64 << 10;
@@ -69,6 +70,11 @@ pub enum Request {
     StartHinting,
     /// Ends free page hinting before the guest has told all.
     StopHinting,
+    /// Answers [`Reply::Metrics`].
+    Metrics {
+        /// Number of the first sample wanted: 0, then how many were received, until there are as many as there are in all.
+        from: u32,
+    },
 }
 
 /// The answer to a request.
@@ -86,6 +92,8 @@ pub enum Reply {
     Snapshot(SnapshotMade),
     /// Memory is frozen; descriptors come with the message.
     Forked(SnapshotMade),
+    /// All counters, by device and queue, and histograms; a part of them.
+    Metrics(Samples),
     /// Not done, and why.
     Refused {
         /// What was wrong with the request or the moment.

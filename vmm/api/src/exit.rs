@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::guest::WorkloadExit;
 use crate::id::VmId;
+use crate::stats::FlightEvent;
 
 /// Why a VM ended.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -43,6 +44,11 @@ pub enum ExitReason {
 }
 
 impl ExitReason {
+    /// Somebody or something failed, so that the last events are of interest.
+    pub fn is_abnormal(&self) -> bool {
+        !matches!(self, Self::PowerOff | Self::Reset | Self::Killed)
+    }
+
     /// The exit code of the VMM process for this reason.
     pub fn code(&self) -> u8 {
         match self {
@@ -86,4 +92,8 @@ pub struct ExitRecord {
     /// What the guest's init said went wrong.
     #[serde(default)]
     pub guest_problem: Option<String>,
+    /// The last events before an end that nobody asked for, oldest first, at most [`EVENTS_MAX`](crate::stats::EVENTS_MAX)
+    /// and one per device that had failed.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub events: Vec<FlightEvent>,
 }

@@ -18,6 +18,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::device::{ConfigSpace, Device, DeviceKind, GuestMemory, Interrupt};
 use super::queue::{Queue, QueueError};
+use crate::flight::{self, What};
 use crate::interrupt::Routes;
 use crate::mailbox::{Mailbox, Message};
 use crate::pci::config::{Bar, ConfigSpace as PciConfig, Identity};
@@ -441,6 +442,7 @@ impl Transport {
                 self.mailbox.post(Message::Activate(self.index));
             }
             Err(_) => {
+                flight::note(What::device(self.index), "the driver's queues are refused");
                 state.failures += 1;
                 state.ask_for_reset();
             }
@@ -529,6 +531,7 @@ impl Interrupt for Transport {
     }
 
     fn needs_reset(&self) {
+        flight::note(What::device(self.index), "failed");
         self.state().ask_for_reset();
     }
 

@@ -11,6 +11,7 @@ use blixard_vmm_api::snapshot::{SnapshotKind, SnapshotMade};
 use super::Machine;
 use crate::control::Answered;
 use crate::devices::generation;
+use crate::flight::{self, What};
 use crate::mailbox::Message;
 use crate::memory::pages::Pages;
 use crate::memory::ram::{RamError, Written};
@@ -96,6 +97,9 @@ impl Machine {
     }
 
     fn set_phase(&mut self, phase: Phase) {
+        if self.phase != phase {
+            flight::note(What::Vm, if phase == Phase::Paused { "paused" } else { "running" });
+        }
         self.changed |= self.phase != phase;
         self.phase = phase;
     }
