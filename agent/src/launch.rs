@@ -150,7 +150,11 @@ pub fn config(plan: &VmPlan, slot: Slot, mtu: u16) -> Result<(VmConfig, Vec<&'st
                 send_limit: None,
             })
             .collect(),
-        vsock: Some(VsockConfig { cid: FIRST_CID.saturating_add(slot), listener: "vsock".into() }),
+        vsock: Some(VsockConfig {
+            cid: FIRST_CID.saturating_add(slot),
+            listener: "vsock".into(),
+            hook: None,
+        }),
         pmem: vec![],
         rng: true,
         rng_limit: RateLimit::default(),

@@ -217,7 +217,8 @@ impl Options {
         if let Some((path, cid)) = &self.vsock {
             let listener =
                 listen(path, libc::SOCK_STREAM).map_err(|e| host(&format!("--vsock {path}"), &e))?;
-            config.vsock = Some(VsockConfig { cid: *cid, listener: opened.keep("vsock", listener) });
+            config.vsock =
+                Some(VsockConfig { cid: *cid, listener: opened.keep("vsock", listener), hook: None });
         }
         if let Some(path) = &self.control {
             let listener =

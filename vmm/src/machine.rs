@@ -437,7 +437,10 @@ fn devices(
         let (guest, times) = (guest.clone(), times.clone());
         let on_link = Box::new(move |record| guest.on_record(record, &times));
         let made = Vsock::new(vsock.cid, given.take(&vsock.listener)?, on_link);
-        let (device, sender) = made.map_err(StartError::Vsock)?;
+        let (mut device, sender) = made.map_err(StartError::Vsock)?;
+        if let Some(name) = &vsock.hook {
+            device.set_hook(given.take(name)?).map_err(StartError::Vsock)?;
+        }
         devices.push(("vsock".into(), Box::new(device)));
         let sender = Arc::new(sender);
         let stop = sender.clone();

@@ -229,6 +229,11 @@ pub struct VsockConfig {
     pub cid: u32,
     /// Listening STREAM socket for connections from the host.
     pub listener: DescriptorName,
+    /// Connected SEQPACKET socket: for each stream that the guest opens to a port of the host (other than the guest link's)
+    /// its other end receives the port, four bytes little-endian, with the connected stream socket. Without it the guest is
+    /// refused.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hook: Option<DescriptorName>,
 }
 
 /// Where the serial console's output goes and where its input comes from.
@@ -420,6 +425,8 @@ impl VmConfig {
             uses.extend(name.as_deref().map(|n| (field.to_owned(), n)));
         }
         uses.extend(self.vsock.as_ref().map(|v| ("vsock.listener".to_owned(), v.listener.as_str())));
+        let hook = self.vsock.as_ref().and_then(|vsock| vsock.hook.as_deref());
+        uses.extend(hook.map(|name| ("vsock.hook".to_owned(), name)));
         for (i, disk) in self.disks.iter().enumerate() {
             uses.push((format!("disks[{i}].backing"), &disk.backing));
         }

@@ -115,6 +115,8 @@ const VHOST_SET_VRING_KICK: u64 = 0x4008_AF20;
 const VHOST_SET_VRING_CALL: u64 = 0x4008_AF21;
 const VHOST_SET_VRING_ERR: u64 = 0x4008_AF22;
 const VHOST_NET_SET_BACKEND: u64 = 0x4008_AF30;
+/// `AF_UNIX`.
+const UNIX: u64 = 1;
 /// `FALLOC_FL_PUNCH_HOLE` and `FALLOC_FL_KEEP_SIZE`.
 const PUNCH_HOLE: u64 = 3;
 /// `FALLOC_FL_ZERO_RANGE` and `FALLOC_FL_KEEP_SIZE`.
@@ -131,7 +133,7 @@ const STOPPED: &str = "a wait that went on after the process was stopped";
 /// `PROT_EXEC`.
 const EXECUTABLE: u64 = 4;
 
-/// All threads until they have their own filter, besides what these allow. No path can be opened here, no socket made, no program
+/// All threads until they have their own filter, besides what these allow. No path can be opened here, no socket made but pairs, no program
 /// executed, no other process looked at; what is made are parts of this VM and of this process.
 #[rustfmt::skip]
 pub const SETUP: &[Row] = &[
@@ -221,6 +223,7 @@ pub const IO: &[Row] = &[
     any(libc::SYS_recvmsg),              // requests and answers with descriptors beside them; vsock
     any(libc::SYS_sendto),
     any(libc::SYS_sendmsg),
+    unseen(only(libc::SYS_socketpair, &[(0, UNIX, Only::Equal)]), "vsock: streams that the guest opens"),
     unseen(any(libc::SYS_shutdown), "half-closed vsock streams"),
     any(libc::SYS_getrandom),            // rng device
     unseen(any(libc::SYS_fdatasync), "blk: flush"),

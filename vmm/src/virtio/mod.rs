@@ -48,6 +48,9 @@ pub mod vsock;
 mod vsock_clients;
 #[cfg(test)]
 mod vsock_echo_test;
+pub mod vsock_hook;
+#[cfg(test)]
+mod vsock_hook_test;
 pub mod vsock_link;
 pub mod vsock_packet;
 pub mod vsock_stream;

@@ -2,7 +2,8 @@
 //!
 //! * A host client connects to the listener and writes `CONNECT <port>\n`. When something in the guest accepts on that port
 //!   it gets `OK <our port>\n` and from then on the bytes of the stream; otherwise its connection is closed.
-//! * The guest connects to port [`LINK_PORT`] of the host only: the guest link, whose other end is in here.
+//! * The guest connects to port [`LINK_PORT`] of the host: the guest link, whose other end is in here. Its connections to
+//!   other ports go to the holder of the hook ([`super::vsock_hook`]), if there is one.
 //!
 //! ```text
 //!  listener ─► Waiting (line, 2 s) ─► Stream ◄─► rx, tx queues
@@ -26,7 +27,8 @@ use super::iovec::IoVecs;
 use super::queue::{Queue, QueueError};
 use super::socket;
 use super::turn::Turn;
-use super::vsock_clients::Clients;
+use super::vsock_clients::{CLIENT_EVENTS, Clients};
+use super::vsock_hook::Hook;
 use super::vsock_link::{LinkEnd, LinkSender, Outbox};
 use super::vsock_packet::{HEADER_LENGTH, HOST_CID, Header, Operation, TYPE_STREAM};
 use super::vsock_stream::{Ports, Stream};
@@ -95,6 +97,7 @@ pub struct Vsock {
 struct Host {
     cid: u64,
     listener: OwnedFd,
+    hook: Option<Hook>,
     turn: Turn,
     timer: TimerFd,
     timer_runs: bool,
@@ -163,6 +166,7 @@ impl Vsock {
         let host = Host {
             cid: u64::from(cid),
             listener,
+            hook: None,
             turn,
             timer,
             timer_runs: false,
@@ -175,6 +179,15 @@ impl Vsock {
             Self { host, config, active: None, restored: false, paused: false, failure: Failure::default() },
             sender,
         ))
+    }
+
+    /// Passes streams that the guest opens to ports of the host to the holder of the other end of `socket`.
+    ///
+    /// # Errors
+    /// It cannot be made non-blocking.
+    pub fn set_hook(&mut self, socket: OwnedFd) -> Result<(), VsockError> {
+        self.host.hook = Some(Hook::new(socket).map_err(VsockError::NonBlocking)?);
+        Ok(())
     }
 
     fn run(&mut self, watch: &mut dyn Watch) {
@@ -497,6 +510,8 @@ impl Active {
             self.tend(id, watch);
         } else if header.operation == Operation::Request && header.destination_port == LINK_PORT {
             self.open_link(&header, host, watch);
+        } else if header.operation == Operation::Request {
+            self.open_hook(&header, host, watch);
         } else {
             self.refuse(&header);
         }
@@ -508,6 +523,21 @@ impl Active {
         if header.operation != Operation::Reset {
             self.resets.push_back(header.reset_for());
         }
+    }
+
+    /// The guest opens a stream to a port of the host.
+    fn open_hook(&mut self, request: &Header, host: &mut Host, watch: &mut dyn Watch) {
+        let Some(hook) = host.hook.as_ref().filter(|_| !self.is_full()) else { return self.refuse(request) };
+        let id = self.next_id;
+        let opened = hook.open(request.destination_port).ok();
+        let watched = opened.filter(|socket| watch.add(socket.as_raw_fd(), CLIENT_EVENTS.bits(), id).is_ok());
+        let Some(socket) = watched else { return self.refuse(request) };
+        self.next_id += 1;
+        host.counts.opened += 1;
+        let stream = Stream::from_guest(request, socket);
+        self.by_ports.insert(stream.ports(), id);
+        self.streams.insert(id, stream);
+        self.poke(id);
     }
 
     /// The newest link wins: init that connects again has lost the one before.

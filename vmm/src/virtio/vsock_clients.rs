@@ -29,6 +29,10 @@ pub(super) struct Clients {
     more: bool,
 }
 
+/// What is watched of the host's end of a stream.
+pub(super) const CLIENT_EVENTS: EventSet =
+    EventSet::IN.union(EventSet::OUT).union(EventSet::READ_HANG_UP).union(EventSet::EDGE_TRIGGERED);
+
 impl Clients {
     pub(super) fn new() -> Self {
         Self { waiting: BTreeMap::new(), more: true }
@@ -57,9 +61,7 @@ impl Clients {
         while self.more && self.waiting.len() < CLIENTS_MAX {
             match socket::accept(listener) {
                 Ok(socket) => {
-                    let events =
-                        EventSet::IN | EventSet::OUT | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
-                    if watch.add(socket.as_raw_fd(), events.bits(), id).is_ok() {
+                    if watch.add(socket.as_raw_fd(), CLIENT_EVENTS.bits(), id).is_ok() {
                         self.waiting.insert(id, Client { socket, deadline: Instant::now() + LINE_TIME });
                         return true;
                     }

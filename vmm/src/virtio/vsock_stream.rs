@@ -102,10 +102,19 @@ impl Stream {
         stream
     }
 
+    /// A stream that the guest opened with `request`, to `socket`.
+    pub(super) fn from_guest(request: &Header, socket: OwnedFd) -> Self {
+        Self::opened(request, End::Socket(socket))
+    }
+
     /// The guest link, opened by the guest with `request`.
     pub(super) fn link(request: &Header, end: LinkEnd) -> Self {
+        Self::opened(request, End::Link(end))
+    }
+
+    fn opened(request: &Header, end: End) -> Self {
         let ports = (request.destination_port, request.source_port);
-        let mut stream = Self::new(ports, request.source_cid, End::Link(end), State::Open);
+        let mut stream = Self::new(ports, request.source_cid, end, State::Open);
         stream.take_credit(request);
         stream.due.response = true;
         stream

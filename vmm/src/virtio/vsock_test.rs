@@ -88,13 +88,13 @@ impl Guest {
         }
     }
 
-    fn turn(&mut self) {
+    pub(super) fn turn(&mut self) {
         self.machine.events.turn(&mut self.machine.device, Duration::from_millis(5));
         self.take_in();
     }
 
     #[track_caller]
-    fn until(&mut self, mut done: impl FnMut(&mut Self) -> bool) {
+    pub(super) fn until(&mut self, mut done: impl FnMut(&mut Self) -> bool) {
         let end = Instant::now() + Duration::from_secs(20);
         while !done(self) {
             assert!(Instant::now() < end, "nothing happened for twenty seconds");
@@ -104,7 +104,7 @@ impl Guest {
     }
 
     #[track_caller]
-    fn packet(&mut self) -> (Header, Vec<u8>) {
+    pub(super) fn packet(&mut self) -> (Header, Vec<u8>) {
         self.until(|guest| !guest.inbox.is_empty());
         self.inbox.pop_front().unwrap()
     }
@@ -190,7 +190,7 @@ pub(super) fn shutdown(header: &Header, flags: u32) -> Header {
     Header { operation: Operation::Shutdown, flags, ..*header }
 }
 
-fn from_guest(port: u32, operation: Operation) -> Header {
+pub(super) fn from_guest(port: u32, operation: Operation) -> Header {
     Header {
         source_cid: u64::from(CID),
         destination_cid: 2,
