@@ -9,6 +9,7 @@ use blixard_agent_api::{BlobRef, Start, VmPlan};
 use blixard_netd_api::{NetdError, NicId, ProblemKind};
 use blixard_vmm_api::control::Request;
 use blixard_vmm_api::exit::ExitRecord;
+use blixard_vmm_api::stats::FlightEvent;
 use blixard_vmm_api::{ExitReason, VmId};
 
 use crate::cgroup::Limits;
@@ -357,6 +358,18 @@ fn kill(host: &Host, vm: VmId) -> Result<(), Failure> {
     Ok(())
 }
 
+/// The newest events of a VMM's flight recorder, oldest first, with their time in milliseconds before the last one.
+fn last_events(events: &[FlightEvent]) -> String {
+    const SHOWN: usize = 16;
+    let end = events.last().map_or(0, |event| event.at_us);
+    let newest = events.get(events.len().saturating_sub(SHOWN)..).unwrap_or_default();
+    let line = |event: &FlightEvent| {
+        let ago = end.saturating_sub(event.at_us) / 1000;
+        format!("-{ago}ms {}: {}", vmm_link::printable(&event.what), vmm_link::printable(&event.event))
+    };
+    newest.iter().map(line).collect::<Vec<_>>().join("; ")
+}
+
 fn record_end(host: &Host, vm: VmId) -> Result<(), Failure> {
     let path = host.config.files_of(vm).join(EXIT_RECORD);
     let said: Option<ExitRecord> = durable::read_bounded(&path, EXIT_RECORD_BYTES_MAX)
@@ -364,6 +377,9 @@ fn record_end(host: &Host, vm: VmId) -> Result<(), Failure> {
         .flatten()
         .and_then(|bytes| serde_json::from_slice(&bytes).ok())
         .filter(|said: &ExitRecord| said.vm == vm);
+    if let Some(said) = said.as_ref().filter(|said| !said.events.is_empty()) {
+        tracing::warn!(%vm, events = last_events(&said.events), "the last events of a VMM that failed");
+    }
     let out_of_memory = matches!(&host.cgroups, Ok(Some(tree)) if tree.ended_by_memory(vm));
     let end = {
         let mut core = host.core();

@@ -46,4 +46,5 @@ pub mod server;
 pub mod steps;
 pub mod store;
 pub mod vmm_link;
+pub mod vmm_stats;
 pub mod volume;

@@ -18,7 +18,7 @@ use crate::guest_stream;
 use crate::host::{Host, sentence};
 use crate::launch;
 use crate::store::StoreError;
-use crate::{doctor, durable};
+use crate::{doctor, durable, vmm_stats};
 
 /// Most connections at a time.
 const CONNECTIONS_MAX: usize = 64;
@@ -157,6 +157,12 @@ impl Server {
                     return Err(refused(ProblemKind::NotNow, "it has printed nothing yet"));
                 }
                 stream(guest_stream::log(&host.config.files_of(vm)))
+            }
+            Request::Metrics { vm } => {
+                self.running(vm, false)?;
+                let samples = vmm_stats::read(&host.config.sockets_of(vm))
+                    .map_err(|error| refused(ProblemKind::Host, sentence(&error)))?;
+                Ok((Reply::Metrics(samples), None))
             }
             Request::Doctor => Ok((Reply::Findings(doctor::examine(&host.config)), None)),
         }

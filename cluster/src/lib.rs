@@ -22,3 +22,4 @@ pub mod metrics;
 pub mod node;
 pub mod raft;
 pub mod state;
+pub mod vm_metrics;

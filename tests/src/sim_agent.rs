@@ -366,6 +366,10 @@ fn reply(shared: &Shared, request: Request, passed: Vec<OwnedFd>) -> (Reply, Vec
             Some(Err(error)) => refused(ProblemKind::Host, &error.to_string()),
             Some(Ok(log)) => (Reply::Stream, vec![log.into()]),
         },
+        Request::Metrics { vm } => match shared.world().vms.contains_key(&vm) {
+            false => refused(ProblemKind::NotFound, "there is no such VM here"),
+            true => plain(Reply::Metrics(vec![])),
+        },
         Request::Doctor => plain(Reply::Findings(vec![Finding {
             check: "simulation".into(),
             state: FindingState::Ok,

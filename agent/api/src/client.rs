@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use blixard_ipc::{Connection, IpcError};
 use blixard_vmm_api::VmId;
+use blixard_vmm_api::stats::Sample;
 
 use crate::blob::BlobRef;
 use crate::plan::HostPlan;
@@ -99,6 +100,17 @@ impl AgentClient {
     /// See [`AgentError`].
     pub fn open_log(&self, vm: VmId) -> Result<OwnedFd, AgentError> {
         stream(self.call(&Request::OpenLog { vm }, None, CALL_TIME_MAX)?)
+    }
+
+    /// See [`Request::Metrics`].
+    ///
+    /// # Errors
+    /// See [`AgentError`].
+    pub fn metrics(&self, vm: VmId) -> Result<Vec<Sample>, AgentError> {
+        match self.call(&Request::Metrics { vm }, None, CALL_TIME_MAX)? {
+            (Reply::Metrics(samples), _) => Ok(samples),
+            _ => Err(AgentError::Confused),
+        }
     }
 
     /// See [`Request::Doctor`].

@@ -1,6 +1,7 @@
 //! Requests and replies: one message each, on a connection to `agent.sock`.
 
 use blixard_vmm_api::VmId;
+use blixard_vmm_api::stats::Sample;
 use serde::{Deserialize, Serialize};
 
 use crate::blob::BlobRef;
@@ -43,6 +44,11 @@ pub enum Request {
         /// Which VM.
         vm: VmId,
     },
+    /// Ask the VMM of a VM what it counts. Answers [`Reply::Metrics`].
+    Metrics {
+        /// Which VM; its VMM must run.
+        vm: VmId,
+    },
     /// Look at the host. Answers [`Reply::Findings`].
     Doctor,
 }
@@ -57,6 +63,8 @@ pub enum Reply {
     Report(Box<HostReport>),
     /// The descriptor comes with this message.
     Stream,
+    /// What a VMM counts.
+    Metrics(Vec<Sample>),
     /// What was looked at.
     Findings(Vec<Finding>),
     /// Not done.

@@ -20,7 +20,13 @@ fn own(number: RawFd) -> OwnedFd {
 }
 
 fn end(config: &VmConfig, reason: ExitReason) -> ! {
-    let record = ExitRecord { vm: config.vm, reason: reason.clone(), workload: None, guest_problem: None, events: vec![] };
+    let record = ExitRecord {
+        vm: config.vm,
+        reason: reason.clone(),
+        workload: None,
+        guest_problem: None,
+        events: vec![],
+    };
     let number = config.descriptors[config.exit_record.as_ref().unwrap()];
     let mut file = File::from(own(number));
     file.write_all(&serde_json::to_vec(&record).unwrap()).unwrap();

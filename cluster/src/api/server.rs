@@ -3,6 +3,7 @@
 use axum::extract::{Request, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use blixard_agent_api::Phase;
 use blixard_agent_api::request::FindingState;
 use blixard_api::server::{Finding, Health, Version};
 
@@ -10,6 +11,7 @@ use super::error::Failure;
 use super::query::Parameters;
 use super::{Api, Shared, answer};
 use crate::host::local::Link;
+use crate::vm_metrics;
 
 /// `GET /v1/version`
 pub async fn version(State(api): State<Shared>, request: Request) -> Result<Response, Failure> {
@@ -96,6 +98,11 @@ fn state_name(state: FindingState) -> &'static str {
 /// `GET /metrics`
 pub async fn metrics(State(api): State<Shared>, request: Request) -> Result<Response, Failure> {
     Parameters::of(request.uri(), &[])?;
-    let text = api.metrics.text(&api).map_err(|error| Failure::internal(error.to_string()))?;
+    let wrong = |error: prometheus::Error| Failure::internal(error.to_string());
+    let mut text = api.metrics.text(&api).map_err(wrong)?;
+    let seen = api.local.host().seen;
+    let vms: Vec<_> = seen.iter().flat_map(|seen| &seen.report.vms);
+    let vms: Vec<_> = vms.filter(|vm| vm.phase == Phase::Running).map(|vm| vm.vm).collect();
+    text += &api.ask_agent(move |agent| Ok(vm_metrics::text(agent, &vms))).await?.map_err(wrong)?;
     Ok(([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response())
 }

@@ -13,6 +13,7 @@ use std::os::fd::OwnedFd;
 
 use blixard_agent_api::{AgentClient, AgentError, BlobRef, Finding, HostPlan, HostReport};
 use blixard_api::VmId;
+use blixard_vmm_api::stats::Sample;
 
 /// What a node asks of its agent. Calls block; the simulation answers them without a host.
 pub trait Agent: Send + Sync + 'static {
@@ -46,6 +47,11 @@ pub trait Agent: Send + Sync + 'static {
     /// # Errors
     /// See [`AgentError`].
     fn open_log(&self, vm: VmId) -> Result<OwnedFd, AgentError>;
+    /// What the VMM of a VM counts.
+    ///
+    /// # Errors
+    /// See [`AgentError`].
+    fn metrics(&self, vm: VmId) -> Result<Vec<Sample>, AgentError>;
     /// Look at the host.
     ///
     /// # Errors
@@ -76,6 +82,10 @@ impl Agent for AgentClient {
 
     fn open_log(&self, vm: VmId) -> Result<OwnedFd, AgentError> {
         self.open_log(vm)
+    }
+
+    fn metrics(&self, vm: VmId) -> Result<Vec<Sample>, AgentError> {
+        self.metrics(vm)
     }
 
     fn doctor(&self) -> Result<Vec<Finding>, AgentError> {
