@@ -362,6 +362,9 @@ impl VmConfig {
             check_name(&nic.id, &format!("nics[{i}].id"))?;
             check(ids.insert(&nic.id), &format!("nics[{i}].id"), || "used twice".into())?;
             nic.validate(&format!("nics[{i}]"))?;
+            check(nic.vhost.is_empty() || !self.memory.track_writes, &format!("nics[{i}].vhost"), || {
+                "what vhost-net writes into guest memory is not tracked".into()
+            })?;
         }
         if let Some(vsock) = &self.vsock {
             check(vsock.cid >= 3 && vsock.cid < u32::MAX, "vsock.cid", || {
