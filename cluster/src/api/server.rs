@@ -101,8 +101,8 @@ pub async fn metrics(State(api): State<Shared>, request: Request) -> Result<Resp
     let wrong = |error: prometheus::Error| Failure::internal(error.to_string());
     let mut text = api.metrics.text(&api).map_err(wrong)?;
     let seen = api.local.host().seen;
-    let vms: Vec<_> = seen.iter().flat_map(|seen| &seen.report.vms);
-    let vms: Vec<_> = vms.filter(|vm| vm.phase == Phase::Running).map(|vm| vm.vm).collect();
+    let reported = seen.iter().flat_map(|seen| &seen.report.vms);
+    let vms: Vec<_> = reported.filter(|vm| vm.phase == Phase::Running).map(|vm| vm.vm).collect();
     text += &api.ask_agent(move |agent| Ok(vm_metrics::text(agent, &vms))).await?.map_err(wrong)?;
     Ok(([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response())
 }
