@@ -1,8 +1,10 @@
 //! What a node is told at its start: by command line, and for what is not said there by a file.
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 
+use blixard_api::token::JoinToken;
 use blixard_netd_api::Subnet;
 use clap::Parser;
 use serde::Deserialize;
@@ -30,6 +32,23 @@ pub struct Options {
     /// Also answer at this TCP address of this host; every user of the host may then do everything
     #[arg(long, value_name = "127.0.0.1:PORT")]
     pub listen: Option<SocketAddr>,
+    /// Address of this host by which other nodes and users with a token reach this node, over TLS
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub address: Option<SocketAddr>,
+    /// Where to listen for them, when that is another address
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub bind: Option<SocketAddr>,
+    /// Join the cluster of this token, at the first start; needs --address
+    #[arg(long, value_name = "TOKEN", env = "BLIXARD_JOIN", hide_env_values = true)]
+    pub join: Option<String>,
+    /// Where this node stands, for example zone=a or rack=7
+    #[arg(long = "label", value_name = "KEY=VALUE")]
+    #[serde(default)]
+    pub labels: Vec<String>,
+    /// When a majority of the voters is lost for ever: make this node, which must not run, the only voter, and end
+    #[arg(long)]
+    #[serde(skip)]
+    pub force_new_cluster: bool,
     /// Name of this node [default: the host's name]
     #[arg(long, value_name = "NAME")]
     pub name: Option<String>,
@@ -103,6 +122,14 @@ pub struct Config {
     pub socket_group: Option<String>,
     /// TCP address, if any.
     pub listen: Option<SocketAddr>,
+    /// Address for other nodes and users, and where to listen for them.
+    pub address: Option<(SocketAddr, SocketAddr)>,
+    /// Token of the cluster to join.
+    pub join: Option<JoinToken>,
+    /// Where this node stands.
+    pub labels: BTreeMap<String, String>,
+    /// Make this node the only voter, and end.
+    pub force_new_cluster: bool,
     /// Name of this node.
     pub name: String,
     /// Program that becomes PID 1 of guests.
@@ -144,6 +171,11 @@ impl Options {
             let count = resolvers.len().to_string();
             return Err(wrong("resolver", &count, "at most 3 are possible"));
         }
+        let join = self.join.map(|text| text.parse::<JoinToken>());
+        let join = join.transpose().map_err(|error| wrong("join", "(a token)", &error.to_string()))?;
+        if join.is_some() && self.address.is_none() {
+            return Err(wrong("join", "(a token)", "--address is needed: other nodes must reach this one"));
+        }
         let network_v4 = subnet("network-v4", self.network_v4.as_deref().unwrap_or("10.88.0.1/16"), true)?;
         let network_v6 = self.network_v6.map(|text| subnet("network-v6", &text, false)).transpose()?;
         Ok(Config {
@@ -153,6 +185,10 @@ impl Options {
             socket_mode,
             socket_group: self.socket_group,
             listen: self.listen,
+            address: self.address.map(|address| (address, self.bind.unwrap_or(address))),
+            join,
+            labels: labels(&self.labels)?,
+            force_new_cluster: self.force_new_cluster,
             name,
             init: self.init.unwrap_or_else(beside_us),
             resolvers,
@@ -170,6 +206,11 @@ impl Options {
             socket_mode: self.socket_mode.or(file.socket_mode),
             socket_group: self.socket_group.or(file.socket_group),
             listen: self.listen.or(file.listen),
+            address: self.address.or(file.address),
+            bind: self.bind.or(file.bind),
+            join: self.join.or(file.join),
+            labels: if self.labels.is_empty() { file.labels } else { self.labels },
+            force_new_cluster: self.force_new_cluster,
             name: self.name.or(file.name),
             init: self.init.or(file.init),
             resolvers: if self.resolvers.is_empty() { file.resolvers } else { self.resolvers },
@@ -179,6 +220,18 @@ impl Options {
             config: None,
         }
     }
+}
+
+fn labels(texts: &[String]) -> Result<BTreeMap<String, String>, ConfigError> {
+    let form = "KEY=VALUE of at most 63 letters, digits, hyphens, dots and underscores each is needed";
+    let plain = |text: &str| {
+        (1..=63).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._".contains(&b))
+    };
+    let pair = |text: &String| {
+        let pair = text.split_once('=').filter(|(key, value)| plain(key) && plain(value));
+        pair.map(|(key, value)| (key.to_owned(), value.to_owned())).ok_or_else(|| wrong("label", text, form))
+    };
+    texts.iter().map(pair).collect()
 }
 
 fn wrong(setting: &'static str, value: &str, possible: &str) -> ConfigError {
@@ -248,7 +301,7 @@ mod tests {
         let path = file.display().to_string();
         let error = Options::parse_from(["blixard-node", "--config", &path]).complete().unwrap_err();
         assert!(crate::host::chain(&error).contains("nmae"), "{error:?}");
-        for (name, value) in [("--socket-mode", "999"), ("--name", "A b"), ("--network-v4", "10.0.0.1/31")] {
+        for (name, value) in [("--socket-mode", "999"), ("--name", "A b"), ("--network-v4", "10.0.0.1/31"), ("--label", "zone"), ("--join", "x")] {
             assert!(Options::parse_from(["blixard-node", name, value]).complete().is_err(), "{name} {value}");
         }
     }

@@ -5,6 +5,7 @@
 //! | [`api`] | answers users: checks, proposes, waits, streams | requests |
 //! | [`raft`] | makes commands durable and agreed, then applies them | proposals |
 //! | [`state`] | what is agreed: pure commands on records | applied entries |
+//! | [`auth`] | keys and certificates of nodes, tokens of users | changes of trust, time |
 //! | [`host`] | sends this node's plan to its agent, brings reports back | each applied entry, each report |
 //! | [`images`] | imports images and kernels, keeps content by digest | uploads |
 //! | [`node`] | builds all of these and ends them | the start, signals |
@@ -14,6 +15,7 @@
 #![forbid(unsafe_code)]
 
 pub mod api;
+pub mod auth;
 pub mod clock;
 pub mod config;
 pub mod host;

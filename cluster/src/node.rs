@@ -1,31 +1,46 @@
 //! Builds the parts of a node, owns their tasks, and defines in which order they end.
 
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use blixard_agent_api::AgentClient;
+use blixard_api::client::{Client, ClientError, Host as ClientHost};
+use blixard_api::cluster::{Admission, Applicant};
+use blixard_api::token::JoinToken;
 use blixard_netd_api::Subnet;
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use crate::api::error::Failure;
 use crate::api::serve::{self, ServeError};
-use crate::api::{self, Api};
+use crate::api::{self, Api, port};
+use crate::auth::authority::{self, NODE_VALID};
+use crate::auth::identity::{Identity, Keys, new_key, public_key};
+use crate::auth::keeper::Keeper;
+use crate::auth::tls::Tls;
+use crate::auth::{AuthError, random_hex};
 use crate::clock;
 use crate::config::Config;
-use crate::host::Agent;
 use crate::host::local::Local;
 use crate::host::sync::HostSync;
+use crate::host::{Agent, chain};
 use crate::images::Importer;
 use crate::images::blobs::{BlobError, BlobStore};
 use crate::metrics::Metrics;
-use crate::raft::{Consensus, ConsensusError, ProposeError};
+use crate::raft::peer::server::PeerServer;
+use crate::raft::{Consensus, ConsensusError, Opening, ProposeError, recover};
 use crate::state::apply::DEFAULT_NETWORK;
-use crate::state::{Command, NetworkRecord, NodeId, Proposal, Refusal};
+use crate::state::{Command, MemberCommand, NetworkRecord, NodeId, Proposal, Refusal};
 
 /// Number of the node that makes a cluster.
 const FIRST_NODE: NodeId = 1;
-/// What this program understands.
-pub const FEATURE_LEVEL: u32 = 1;
+/// What this program understands. 1: clusters of one node. 2: commands about the cluster itself.
+pub const FEATURE_LEVEL: u32 = 2;
+/// How long a member waits at its start for a leader that confirms what it has.
+const RECOVERY_MAX: Duration = Duration::from_secs(5);
 
 /// Why a node cannot run, or had to stop.
 #[derive(Debug, thiserror::Error)]
@@ -45,6 +60,15 @@ pub enum NodeError {
     /// Replicated state refuses what a start needs.
     #[error("the cluster cannot be made")]
     Refused(#[source] Refusal),
+    /// See [`AuthError`].
+    #[error("this node's identity is of no use")]
+    Identity(#[from] AuthError),
+    /// This node's keys or the cluster's authority cannot be made.
+    #[error("other nodes cannot be let in: {}", .0.body.message)]
+    Found(Failure),
+    /// The cluster does not take this node in.
+    #[error("the cluster does not take this node in")]
+    Join(#[source] Box<ClientError>),
     /// Two numbers have the same name.
     #[error("the metrics cannot be registered")]
     Metrics(#[from] prometheus::Error),
@@ -56,11 +80,44 @@ pub enum NodeError {
     Stopped(String),
 }
 
-/// Runs a node until `stop`. `ready` is called once it answers.
+/// Why a node starts its parts anew.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Restart {
+    /// It has another identity.
+    Again,
+}
+
+/// Runs a node until `stop`. `ready` is called once it answers. When it gets another identity (other nodes may join it, or it
+/// joins others) its parts end and start anew within the process; its VMs do not notice.
 ///
 /// # Errors
 /// See [`NodeError`].
 pub async fn run(config: Config, stop: CancellationToken, ready: impl FnOnce()) -> Result<(), NodeError> {
+    if config.force_new_cluster {
+        let node = Keys::load(&config.state)?.map_or(FIRST_NODE, |keys| keys.identity.node);
+        let done = recover::force_new_cluster(&config.state.join("raft"), node).await?;
+        tracing::warn!(last_log = done.last_log, removed = ?done.removed, "this node is the only voter now");
+        return Ok(());
+    }
+    let mut ready = Some(ready);
+    loop {
+        let tell = || {
+            if let Some(ready) = ready.take() {
+                ready();
+            }
+        };
+        match start(&config, &stop, tell).await? {
+            None => return Ok(()),
+            Some(Restart::Again) => tracing::info!("this node starts its parts anew"),
+        }
+    }
+}
+
+async fn start(
+    config: &Config,
+    stop: &CancellationToken,
+    ready: impl FnOnce(),
+) -> Result<Option<Restart>, NodeError> {
     let blobs = BlobStore::open_at(&config.state)?;
     // The sockets come first: a second node on the same folder ends here, before it touches anything.
     let unix = serve::unix(&config.socket, config.socket_mode, config.socket_group.as_deref())?;
@@ -68,10 +125,35 @@ pub async fn run(config: Config, stop: CancellationToken, ready: impl FnOnce()) 
         Some(address) => Some(serve::tcp(address).await?),
         None => None,
     };
-    let consensus =
-        Consensus::open(&config.state.join("raft"), FIRST_NODE, &config.name, config.snapshot_after).await?;
-    consensus.recovered().await?;
-    begin(&consensus, &config).await?;
+    let raft = config.state.join("raft");
+    Keys::take_next(&config.state, || remove_folder(&raft))?;
+    let mut keys = Keys::load(&config.state)?;
+    if let (None, Some(token), Some((address, bind))) = (&keys, &config.join, config.address) {
+        keys = Some(join_at_start(config, token, address, bind).await?);
+    }
+    if let (Some(keys), Some((address, bind))) = (&mut keys, config.address) {
+        (keys.identity.address, keys.identity.bind) = (address, bind);
+    }
+    let tls = keys.map(Tls::new).transpose()?;
+    let opening = Opening {
+        folder: &raft,
+        node: tls.as_ref().map_or(FIRST_NODE, |tls| tls.identity().node),
+        founder: tls.is_none(),
+        snapshot_after: config.snapshot_after,
+        tls: tls.clone(),
+    };
+    let consensus = Consensus::open(opening).await?;
+    if consensus.is_alone() {
+        consensus.recovered().await?;
+        begin(&consensus, config).await?;
+        if let (None, Some((address, bind))) = (&tls, config.address) {
+            let keys = found(&consensus, consensus.node(), address, bind).await.map_err(NodeError::Found)?;
+            keys.store(&config.state)?;
+            consensus.shutdown().await;
+            std::fs::remove_file(&config.socket).ok();
+            return Ok(Some(Restart::Again));
+        }
+    }
 
     let local = Arc::new(Local::default());
     let agent: Arc<dyn Agent> = Arc::new(AgentClient::new(&config.agent));
@@ -82,6 +164,9 @@ pub async fn run(config: Config, stop: CancellationToken, ready: impl FnOnce()) 
         local: Arc::clone(&local),
         resolvers: config.resolvers.clone(),
     };
+    // These parts end with the process, or before it when the node starts anew.
+    let parts = stop.child_token();
+    let (restart, mut restarts) = watch::channel(None);
     let api = Arc::new(Api {
         consensus: consensus.clone(),
         local,
@@ -90,31 +175,152 @@ pub async fn run(config: Config, stop: CancellationToken, ready: impl FnOnce()) 
         default_kernel: tokio::sync::Mutex::default(),
         metrics: Metrics::new(&config.name)?,
         node_name: config.name.clone(),
-        stop: stop.clone(),
+        tls: tls.clone(),
+        folder: config.state.clone(),
+        labels: config.labels.clone(),
+        restart,
+        stop: parts.clone(),
     });
-    Api::sweep(Arc::clone(&api)).await;
-
     let mut tasks = JoinSet::new();
-    let router = api::router(api);
+    let router = api::router(Arc::clone(&api));
+    if let Some(tls) = &tls {
+        let identity = tls.identity();
+        let listener = port::listen(identity.bind).await?;
+        let peers = PeerServer::new(consensus.clone(), identity.cluster, raft, parts.clone());
+        let users = port::open(listener, tls.clone(), peers, parts.clone());
+        tasks.spawn(serve::serve(users, port::for_users(router.clone(), Arc::clone(&api)), parts.clone()));
+        tracing::info!(address = %identity.address, node = identity.node, "other nodes and users are served");
+    }
+    if !consensus.is_alone() && tokio::time::timeout(RECOVERY_MAX, consensus.recovered()).await.is_err() {
+        tracing::warn!("no leader confirms yet what this node has: it answers from what it knows");
+    }
+    Api::sweep(Arc::clone(&api)).await;
     if let Some(listener) = tcp {
         tracing::warn!(address = ?config.listen, "the API is open to every user of this host");
-        tasks.spawn(serve::serve(listener, serve::for_tcp(router.clone()), stop.clone()));
+        tasks.spawn(serve::serve(listener, serve::for_tcp(router.clone()), parts.clone()));
     }
-    tasks.spawn(serve::serve(unix, router, stop.clone()));
-    tasks.spawn(sync.run(stop.clone()));
+    let keeper = Keeper {
+        consensus: consensus.clone(),
+        tls,
+        folder: config.state.clone(),
+        name: config.name.clone(),
+        labels: config.labels.clone(),
+    };
+    drop(api);
+    tasks.spawn(serve::serve(unix, router, parts.clone()));
+    tasks.spawn(sync.run(parts.clone()));
+    tasks.spawn(keeper.run(parts.clone()));
+    tasks.spawn(consensus.clone().keep_members(parts.clone()));
     tracing::info!(node = config.name, socket = %config.socket.display(), "ready");
     ready();
 
     let result = tokio::select! {
-        () = stop.cancelled() => Ok(()),
+        () = stop.cancelled() => Ok(None),
         reason = consensus.stopped() => Err(NodeError::Stopped(reason)),
+        Ok(again) = restarts.wait_for(Option::is_some) => Ok(*again),
     };
-    stop.cancel();
+    if stop.is_cancelled() {
+        consensus.hand_over().await;
+    }
+    parts.cancel();
     // Requests first, since they need consensus to be answered; consensus last.
     while tasks.join_next().await.is_some() {}
     consensus.shutdown().await;
     std::fs::remove_file(&config.socket).ok();
     result
+}
+
+fn remove_folder(path: &Path) -> std::io::Result<()> {
+    match std::fs::remove_dir_all(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// Makes the cluster's authority if there is none, and keys for this node.
+///
+/// # Errors
+/// What the state refuses, or what is in the way of keys.
+pub async fn found(
+    consensus: &Consensus,
+    node: NodeId,
+    address: SocketAddr,
+    bind: SocketAddr,
+) -> Result<Keys, Failure> {
+    let wrong = |error: AuthError| Failure::internal(chain(&error));
+    let known = consensus.replica().state().trust().cloned();
+    let trust = match known {
+        Some(trust) => trust,
+        None => {
+            let cluster = authority::cluster_id(clock::now_ms(), &random_hex().map_err(wrong)?);
+            let trust = authority::begin(&cluster, clock::now_ms()).map_err(wrong)?;
+            let command = Command::Member(Box::new(MemberCommand::SetTrust(Box::new(trust.clone()))));
+            let proposal = Proposal { now_ms: clock::now_ms(), key: None, command };
+            consensus.propose(proposal).await?.1?;
+            Arc::new(trust)
+        }
+    };
+    let (key_pem, public) = new_key().map_err(wrong)?;
+    let certificate = authority::certify(&trust, node, &public, clock::now_ms(), NODE_VALID).map_err(wrong)?;
+    Ok(Keys {
+        identity: Identity { cluster: trust.cluster.clone(), node, address, bind },
+        key_pem,
+        certificate_pem: certificate,
+        authorities_pem: trust.authorities_pem(),
+    })
+}
+
+/// Asks a cluster to take this node in: at each of the token's addresses, until one answers.
+///
+/// # Errors
+/// The refusal, or why the last address does not answer.
+pub async fn join(token: &JoinToken, applicant: &Applicant) -> Result<Admission, ClientError> {
+    let mut last = ClientError::BadRequest("the token has no address".into());
+    for address in &token.addresses {
+        let host = ClientHost::Https(address.to_string(), Some(Box::new(token.access.clone())));
+        match Client::new(host).apply_to_join(applicant).await {
+            Err(error) if error.refusal().is_none_or(|refusal| refusal.error.retryable) => last = error,
+            other => return other,
+        }
+    }
+    Err(last)
+}
+
+async fn join_at_start(
+    config: &Config,
+    token: &JoinToken,
+    address: SocketAddr,
+    bind: SocketAddr,
+) -> Result<Keys, NodeError> {
+    // Kept before it is used: a repetition after a crash is then one of the same node.
+    let kept = config.state.join("join.key");
+    let key_pem = match std::fs::read_to_string(&kept) {
+        Ok(key) => key,
+        Err(_) => {
+            let (key, _) = new_key()?;
+            crate::auth::identity::replace(&kept, &key)?;
+            key
+        }
+    };
+    let applicant = Applicant {
+        name: config.name.clone(),
+        address,
+        public_key: public_key(&key_pem)?,
+        labels: config.labels.clone(),
+        version: env!("CARGO_PKG_VERSION").into(),
+        feature_level: FEATURE_LEVEL,
+    };
+    let admission = join(token, &applicant).await.map_err(|error| NodeError::Join(Box::new(error)))?;
+    let identity = Identity { cluster: admission.cluster, node: admission.node, address, bind };
+    let keys = Keys {
+        identity,
+        key_pem,
+        certificate_pem: admission.certificate_pem,
+        authorities_pem: admission.authorities_pem,
+    };
+    keys.store(&config.state)?;
+    std::fs::remove_file(&kept).ok();
+    Ok(keys)
 }
 
 /// Makes the cluster at the first start, and gives this node its present name.

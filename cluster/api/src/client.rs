@@ -3,9 +3,11 @@
 //! Each call has a connection of its own (a local connect is far cheaper than what is asked for). A mutation carries an
 //! `Idempotency-Key`, so a call that a busy node refuses as retryable is repeated a few times without doing it twice.
 
+mod cluster;
 mod error;
 mod host;
 mod stream;
+mod tls;
 mod transport;
 mod upload;
 

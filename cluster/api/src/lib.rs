@@ -1,6 +1,6 @@
 //! What users and tools see of a cluster: resources, errors, client.
 //!
-//! One REST/JSON API over a Unix socket. Paths:
+//! One REST/JSON API over a Unix socket, and over TLS with a token. Paths:
 //!
 //! | method and path | does |
 //! |---|---|
@@ -20,17 +20,31 @@
 //! | `POST /v1/kernels?name=N` | body: a kernel bundle → 201 [`image::KernelView`] |
 //! | `GET /v1/kernels`, `GET /v1/kernels/{name}`, `DELETE /v1/kernels/{name}` | [`Page`] of [`image::KernelView`] … |
 //! | `GET /v1/doctor` | [`server::Finding`]s of this node |
+//! | `GET /v1/cluster` | [`cluster::ClusterStatus`] |
+//! | `POST /v1/cluster:init` | [`cluster::InitCluster`]: lets other nodes join this one (Unix socket only) |
+//! | `POST /v1/cluster:join` | [`cluster::Applicant`], with the secret of a join token → [`cluster::Admission`] |
+//! | `POST /v1/cluster:transfer-leader` | [`cluster::TransferLeader`] → [`cluster::ClusterStatus`] |
+//! | `POST /v1/cluster:rotate-authority` | begins a change of the certificate authority → [`cluster::ClusterStatus`] |
+//! | `POST /v1/cluster:raise-level` | [`cluster::RaiseLevel`] → [`cluster::ClusterStatus`] |
+//! | `POST /v1/join-tokens`, `GET /v1/join-tokens`, `DELETE /v1/join-tokens/{name}` | [`cluster::TokenView`] |
+//! | `POST /v1/tokens`, `GET /v1/tokens`, `DELETE /v1/tokens/{name}` | [`cluster::TokenView`]: tokens for this API |
+//! | `POST /v1/node:join` | [`cluster::JoinCluster`]: this node leaves its own empty cluster for another one (Unix socket only) |
+//! | `GET /v1/nodes`, `GET /v1/nodes/{name}`, `DELETE /v1/nodes/{name}` | [`cluster::NodeView`] |
+//! | `POST /v1/nodes/{name}:cordon`, `:uncordon` | [`cluster::NodeView`] |
 //! | `GET /v1/watch?after=R` | NDJSON of [`watch::Event`], 410 when R is no longer known |
 //!
 //! `{name}` is a name, an id, or an unambiguous prefix of an id of at least 4 characters. Every answer has a
-//! [`REVISION_HEADER`]; a read with `?min_revision=R` waits until this node knows that much. A mutation may carry
+//! [`REVISION_HEADER`]; a read with `?min_revision=R` waits until this node knows that much, one with `?linearizable=true`
+//! until it knows all that was acknowledged anywhere before. Any node takes any request. A mutation may carry
 //! [`IDEMPOTENCY_HEADER`] (the answer of its first execution is repeated for a day) and `If-Match: GENERATION`.
 #![forbid(unsafe_code)]
 
 pub mod client;
+pub mod cluster;
 pub mod error;
 pub mod image;
 pub mod server;
+pub mod token;
 pub mod vm;
 pub mod watch;
 

@@ -53,7 +53,7 @@ fn content_answer(status: StatusCode, revision: u64, done: Answer) -> Result<Res
 
 /// `GET /v1/images`
 pub async fn list_images(State(api): State<Shared>, request: Request) -> Result<Response, Failure> {
-    let parameters = Parameters::of(request.uri(), &["limit", "cursor", "min_revision", "timeout_ms"])?;
+    let parameters = Parameters::of(request.uri(), &["limit", "cursor", "linearizable", "min_revision", "timeout_ms"])?;
     api.at_least(&parameters).await?;
     let (limit, after) = (limit(&parameters)?, cursor(&parameters)?);
     let state = api.consensus.replica().state();
@@ -64,7 +64,7 @@ pub async fn list_images(State(api): State<Shared>, request: Request) -> Result<
 
 /// `GET /v1/kernels`
 pub async fn list_kernels(State(api): State<Shared>, request: Request) -> Result<Response, Failure> {
-    let parameters = Parameters::of(request.uri(), &["limit", "cursor", "min_revision", "timeout_ms"])?;
+    let parameters = Parameters::of(request.uri(), &["limit", "cursor", "linearizable", "min_revision", "timeout_ms"])?;
     api.at_least(&parameters).await?;
     let (limit, after) = (limit(&parameters)?, cursor(&parameters)?);
     let state = api.consensus.replica().state();
@@ -87,7 +87,7 @@ pub async fn get_image(
     Path(name): Path<String>,
     request: Request,
 ) -> Result<Response, Failure> {
-    api.at_least(&Parameters::of(request.uri(), &["min_revision", "timeout_ms"])?).await?;
+    api.at_least(&Parameters::of(request.uri(), &["linearizable", "min_revision", "timeout_ms"])?).await?;
     let state = api.consensus.replica().state();
     let image = state.image(&name).ok_or_else(|| no_image(&name))?;
     Ok(answer(StatusCode::OK, state.revision(), &image_view(image)))
@@ -99,7 +99,7 @@ pub async fn get_kernel(
     Path(name): Path<String>,
     request: Request,
 ) -> Result<Response, Failure> {
-    api.at_least(&Parameters::of(request.uri(), &["min_revision", "timeout_ms"])?).await?;
+    api.at_least(&Parameters::of(request.uri(), &["linearizable", "min_revision", "timeout_ms"])?).await?;
     let state = api.consensus.replica().state();
     let kernel = state.kernel(&name).ok_or_else(|| no_kernel(&name))?;
     Ok(answer(StatusCode::OK, state.revision(), &kernel_view(kernel)))

@@ -51,6 +51,11 @@ impl Failure {
         Self::new(StatusCode::BAD_REQUEST, "malformed_request", message)
     }
 
+    /// 401: nobody knows who asks.
+    pub fn unauthenticated(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::UNAUTHORIZED, "unauthenticated", message)
+    }
+
     /// 403: not for this caller.
     pub fn denied(message: impl Into<String>) -> Self {
         Self::new(StatusCode::FORBIDDEN, "denied", message)
@@ -145,8 +150,10 @@ impl From<ProposeError> for Failure {
     fn from(error: ProposeError) -> Self {
         let failure = Self::unavailable(error.to_string());
         match error {
-            ProposeError::NotLeader { leader: Some(name) } => failure.suggest(format!("ask node {name}")),
-            ProposeError::NotLeader { leader: None } => failure.suggest("try again when a leader is elected"),
+            ProposeError::NotLeader { .. } => failure.suggest("try again; blixard cluster status shows who leads"),
+            ProposeError::Unknown(_) => failure.suggest("try again: repeating the request does it once"),
+            ProposeError::Level { .. } => Self::conflict(error.to_string())
+                .suggest("install the new version on all nodes, then: blixard cluster raise-level"),
             ProposeError::Stopped(_) => {
                 failure.suggest("look at the log of blixard-node; its disk may be full")
             }
@@ -165,7 +172,17 @@ impl From<Refusal> for Failure {
                 "blixard kernel ls lists the kernels, sudo blixard kernel import adds the host's own",
             ),
             Refusal::NoNetwork(_) => Self::field("spec.network", "not_found", text),
-            Refusal::NoNode(_) => Self::unavailable(text),
+            Refusal::NoNode(_) => Self::not_found(text).suggest("blixard node ls lists the nodes"),
+            Refusal::NoToken => Self::denied(text).suggest("make a new one: blixard cluster token create"),
+            Refusal::TokenExpired => Self::denied(text).suggest("make a new one: blixard cluster token create"),
+            Refusal::TooManyTokens(_) | Refusal::TooManyNodes(_) => Self::no_capacity(text),
+            Refusal::NodeNameTaken(_) => Self::conflict(text).suggest("give the node another name: --name"),
+            Refusal::LastNode => Self::conflict(text),
+            Refusal::Level { .. } => Self::conflict(text).suggest("install a newer version on the node"),
+            Refusal::NodeBehind { .. } => {
+                Self::conflict(text).suggest("install the new version on all nodes first: blixard node ls")
+            }
+            Refusal::Changed(_) => Self::conflict(text).suggest("look at it and decide again"),
             Refusal::Initialised => Self::conflict(text),
             Refusal::NameTaken { name, .. } => {
                 Self::conflict(text).suggest(format!("choose another name, or remove it: blixard rm {name}"))

@@ -5,13 +5,18 @@
 //! * [`vms`], [`validate`], [`view`], [`wait`]: VMs
 //! * [`streams`], [`logs`], [`watch`]: what goes on longer than a request
 //! * [`content`]: images and kernels
+//! * [`cluster`], [`nodes`]: the cluster itself
+//! * [`port`]: TLS for other nodes and users
 //! * [`server`]: version, health, doctor, metrics
 
 pub mod body;
+pub mod cluster;
 pub mod content;
 pub mod error;
 pub mod logs;
 pub mod mutate;
+pub mod nodes;
+pub mod port;
 pub mod query;
 pub mod serve;
 pub mod server;
@@ -22,6 +27,8 @@ pub mod vms;
 pub mod wait;
 pub mod watch;
 
+use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -30,17 +37,19 @@ use axum::extract::{MatchedPath, Request, State};
 use axum::http::{HeaderName, HeaderValue, StatusCode, header};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
-use axum::routing::get;
+use axum::routing::{delete, get, post};
 use blixard_api::{ApiError, REVISION_HEADER};
 use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 use ulid::Ulid;
 
 use self::error::Failure;
+use crate::auth::tls::Tls;
 use crate::host::Agent;
 use crate::host::local::Local;
 use crate::images::Importer;
 use crate::metrics::Metrics;
+use crate::node::Restart;
 use crate::raft::Consensus;
 
 /// Longest time that a JSON body takes to arrive, and an upload to go on.
@@ -64,6 +73,14 @@ pub struct Api {
     pub metrics: Metrics,
     /// Name of this node.
     pub node_name: String,
+    /// The keys in use, when other nodes can reach this one.
+    pub tls: Option<Tls>,
+    /// The state folder.
+    pub folder: PathBuf,
+    /// Where this node stands.
+    pub labels: BTreeMap<String, String>,
+    /// Tells the node to start its parts anew.
+    pub restart: tokio::sync::watch::Sender<Option<Restart>>,
     /// Ends long answers when the node stops.
     pub stop: CancellationToken,
 }
@@ -84,6 +101,15 @@ pub fn router(api: Shared) -> Router {
         .route("/v1/images/{*name}", get(content::get_image).delete(content::delete_image))
         .route("/v1/kernels", get(content::list_kernels).post(content::upload_kernel))
         .route("/v1/kernels/{name}", get(content::get_kernel).delete(content::delete_kernel))
+        .route("/v1/cluster", get(cluster::status))
+        .route("/v1/cluster:{verb}", post(cluster::act))
+        .route("/v1/node:{verb}", post(cluster::act_on_this))
+        .route("/v1/nodes", get(nodes::list))
+        .route("/v1/nodes/{name}", get(nodes::get).post(nodes::act).delete(nodes::delete))
+        .route("/v1/join-tokens", get(nodes::list_join_tokens).post(nodes::create_join_token))
+        .route("/v1/join-tokens/{name}", delete(nodes::delete_join_token))
+        .route("/v1/tokens", get(nodes::list_api_tokens).post(nodes::create_api_token))
+        .route("/v1/tokens/{name}", delete(nodes::delete_api_token))
         .route("/metrics", get(server::metrics))
         .method_not_allowed_fallback(wrong_method)
         .fallback(wrong_path)

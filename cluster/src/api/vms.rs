@@ -67,7 +67,7 @@ pub async fn list(
     request: Request,
 ) -> Result<Response, Failure> {
     let parameters =
-        Parameters::of(request.uri(), &["limit", "cursor", "label", "min_revision", "timeout_ms"])?;
+        Parameters::of(request.uri(), &["limit", "cursor", "label", "linearizable", "min_revision", "timeout_ms"])?;
     api.at_least(&parameters).await?;
     let limit = limit(&parameters)?;
     let after = cursor(&parameters)?;
@@ -133,7 +133,7 @@ pub async fn get(
 }
 
 async fn read(api: &Api, project: &str, name: &str, uri: &Uri) -> Result<Response, Failure> {
-    let parameters = Parameters::of(uri, &["wait", "timeout_ms", "min_revision"])?;
+    let parameters = Parameters::of(uri, &["wait", "linearizable", "timeout_ms", "min_revision"])?;
     let wanted = wait::wanted(&parameters)?;
     api.at_least(&parameters).await?;
     let id = api.find(project, name)?.id;

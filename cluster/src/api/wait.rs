@@ -71,11 +71,15 @@ fn met(conditions: &[Condition], vm: &VmRecord) -> bool {
 }
 
 impl Api {
-    /// Waits until this node knows the revision that the request asks for.
+    /// Waits until this node knows what the request asks for: a revision, or with `linearizable` all that was acknowledged
+    /// anywhere before the request came.
     ///
     /// # Errors
-    /// 408.
+    /// 408, or 503 when no leader confirms it.
     pub async fn at_least(&self, parameters: &Parameters) -> Result<(), Failure> {
+        if parameters.flag("linearizable")? {
+            self.consensus.linearize().await?;
+        }
         let Some(wanted) = parameters.number("min_revision", 0, u64::MAX)? else { return Ok(()) };
         let timeout = parameters.number("timeout_ms", 0, WAIT_MS_MAX)?.unwrap_or(REVISION_WAIT_MS);
         let mut revisions = self.consensus.replica().revisions();

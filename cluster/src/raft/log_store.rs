@@ -17,6 +17,7 @@ use openraft::storage::{IOFlushed, LogState, RaftLogReader, RaftLogStorage};
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 use tokio::sync::oneshot;
 
+use super::codec::{self, Reader};
 use super::db::{Closed, Db};
 use super::types::{Entry, LogId, Types, Vote};
 
@@ -25,8 +26,8 @@ const META: TableDefinition<&str, &[u8]> = TableDefinition::new("meta");
 const VOTE: &str = "vote";
 const PURGED: &str = "purged";
 const SCHEMA: &str = "schema";
-/// Version of the tables and of the entries' encoding.
-const SCHEMA_VERSION: u32 = 1;
+/// Version of the tables and of the entries' encoding. 1: entries are JSON. 2: as [`codec`] writes them.
+const SCHEMA_VERSION: u32 = 2;
 /// Page cache of the log file in bytes: it is read at start and by slow followers only.
 const CACHE_BYTES: usize = 8 << 20;
 /// Flushed entries that stay in memory for whoever applies or replicates them next.
@@ -43,6 +44,9 @@ pub enum LogError {
     /// What is in the file cannot be read.
     #[error("cannot read the log")]
     Read(#[source] io::Error),
+    /// An older version wrote the file, and it cannot be brought to the present form.
+    #[error("cannot bring the log to schema version {SCHEMA_VERSION}")]
+    Upgrade(#[source] io::Error),
     /// A newer version wrote the file.
     #[error("the log has schema version {found}, this program knows {SCHEMA_VERSION}")]
     Newer {
@@ -124,6 +128,10 @@ impl LogStore {
         if found > SCHEMA_VERSION {
             return Err(LogError::Newer { found });
         }
+        if found < SCHEMA_VERSION {
+            upgrade(&db).map_err(LogError::Upgrade)?;
+            tracing::info!(from = found, to = SCHEMA_VERSION, "the log has another schema now");
+        }
         let memory = recall(&db).map_err(LogError::Read)?;
         let (db, closed) = Db::new(db);
         let shared = Arc::new(Shared { db, memory: Mutex::new(memory) });
@@ -163,6 +171,36 @@ fn prepare(db: &Database) -> Result<u32, redb::Error> {
     Ok(version)
 }
 
+/// Writes the entries of schema version 1 as those of version 2, all or none.
+fn upgrade(db: &Database) -> io::Result<()> {
+    let transaction = db.begin_write().map_err(io_error)?;
+    {
+        let mut log = transaction.open_table(LOG).map_err(io_error)?;
+        let mut entries = Vec::new();
+        for item in log.iter().map_err(io_error)? {
+            let (index, value) = item.map_err(io_error)?;
+            let entry: Entry = serde_json::from_slice(value.value()).map_err(json_error)?;
+            entries.push((index.value(), encode(&entry)?));
+        }
+        for (index, value) in entries {
+            log.insert(index, value.as_slice()).map_err(io_error)?;
+        }
+        let mut meta = transaction.open_table(META).map_err(io_error)?;
+        meta.insert(SCHEMA, SCHEMA_VERSION.to_le_bytes().as_slice()).map_err(io_error)?;
+    }
+    transaction.commit().map_err(io_error)
+}
+
+fn encode(entry: &Entry) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::with_capacity(512);
+    codec::put_entry(&mut bytes, entry)?;
+    Ok(bytes)
+}
+
+fn decode(bytes: &[u8]) -> io::Result<Entry> {
+    Reader(bytes).entry()
+}
+
 fn recall(db: &Database) -> io::Result<Memory> {
     let transaction = db.begin_read().map_err(io_error)?;
     let meta = transaction.open_table(META).map_err(io_error)?;
@@ -170,8 +208,7 @@ fn recall(db: &Database) -> io::Result<Memory> {
     let vote = meta.get(VOTE).map_err(io_error)?;
     let purged = meta.get(PURGED).map_err(io_error)?;
     let last = log.last().map_err(io_error)?;
-    let last: Option<Entry> =
-        last.map(|(_, value)| serde_json::from_slice(value.value())).transpose().map_err(json_error)?;
+    let last = last.map(|(_, value)| decode(value.value())).transpose()?;
     let purged: Option<LogId> =
         purged.map(|v| serde_json::from_slice(v.value())).transpose().map_err(json_error)?;
     let last = last.map(|entry| entry.log_id()).or(purged);
@@ -302,7 +339,7 @@ fn read(db: &Database, begin: u64, end: u64) -> io::Result<Vec<Entry>> {
     let mut entries = Vec::new();
     for item in log.range(begin..end).map_err(io_error)? {
         let (_, value) = item.map_err(io_error)?;
-        entries.push(serde_json::from_slice(value.value()).map_err(json_error)?);
+        entries.push(decode(value.value())?);
     }
     Ok(entries)
 }
@@ -336,7 +373,7 @@ impl RaftLogStorage<Types> for LogStore {
             let mut memory = self.shared.memory();
             for entry in entries {
                 let id = entry.log_id();
-                encoded.push((id.index, serde_json::to_vec(&entry).map_err(json_error)?));
+                encoded.push((id.index, encode(&entry)?));
                 memory.last = Some(id);
                 memory.recent.insert(id.index, entry);
             }

@@ -1,16 +1,24 @@
 //! How openraft is used here: no type of openraft leaves this module.
 //!
 //! * [`db`]: open files
+//! * [`codec`]: entries as bytes
 //! * [`log_store`]: log and vote, one flush for many proposals
 //! * [`state_store`]: applies entries to the state, and keeps it in redb
 //! * [`replica`]: the state as the rest of the process sees it
-//! * [`network`]: the way to other members
+//! * [`peer`]: the way to other members
+//! * [`propose`]: commands and linearizable reads, here or through the leader
+//! * [`membership`]: who is a member, and who of them votes
+//! * [`recover`]: a new cluster from what one member has, when the others are lost
 //!
 //! [`Consensus`] is the handle: it proposes commands and answers once they are applied.
 
+pub mod codec;
 pub mod db;
 pub mod log_store;
-pub mod network;
+pub mod membership;
+pub mod peer;
+pub mod propose;
+pub mod recover;
 pub mod replica;
 pub mod state_store;
 pub mod types;
@@ -21,20 +29,23 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use openraft::errors::{ClientWriteError, RaftError};
 use openraft::{BasicNode, Config, Raft, ServerState, SnapshotPolicy};
 
 use self::db::Closed;
 use self::log_store::{LogError, LogStore};
-use self::network::NoPeers;
+use self::peer::Peers;
+pub use self::propose::ProposeError;
 use self::replica::Replica;
 use self::state_store::{StateError, StateStore};
-use self::types::{Applied, Types};
-use crate::state::{NodeId, Outcome, Proposal};
+use self::types::Types;
+use crate::auth::tls::Tls;
+use crate::state::NodeId;
 
 /// Longest wait for leadership and recovery after a start.
 const RECOVERY_MAX: Duration = Duration::from_secs(60);
 
+/// Longest wait for another leader at the end.
+const HAND_OVER_MAX: Duration = Duration::from_secs(1);
 /// Longest wait for the files to be closed at the end.
 const CLOSE_MAX: Duration = Duration::from_secs(2);
 
@@ -66,20 +77,6 @@ pub enum ConsensusError {
     },
 }
 
-/// Why a command was not applied, as far as this node knows.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum ProposeError {
-    /// Another node leads, or none does.
-    #[error("this node does not lead")]
-    NotLeader {
-        /// Name of the leader, when known.
-        leader: Option<String>,
-    },
-    /// This node's consensus has stopped: its disk failed, or the process is ending.
-    #[error("consensus has stopped: {0}")]
-    Stopped(String),
-}
-
 /// Numbers of this member.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct RaftNumbers {
@@ -101,11 +98,26 @@ pub struct RaftNumbers {
     pub proposals: u64,
 }
 
+/// What a member is opened with.
+pub struct Opening<'a> {
+    /// Folder of log and state.
+    pub folder: &'a Path,
+    /// Number of this node.
+    pub node: NodeId,
+    /// Makes a cluster of this one voter when there is none. Otherwise the first contact comes from the leader.
+    pub founder: bool,
+    /// Entries after which the log is cut.
+    pub snapshot_after: u64,
+    /// Keys for the way to other members, when there can be some.
+    pub tls: Option<Tls>,
+}
+
 /// The handle of this member. Clones are the same member.
 #[derive(Clone)]
 pub struct Consensus {
     raft: Raft<Types, StateStore>,
     replica: Arc<Replica>,
+    peers: Peers,
     proposals: Arc<AtomicU64>,
     node: NodeId,
     closing: Arc<Mutex<Vec<Closed>>>,
@@ -115,56 +127,73 @@ fn index(id: Option<types::LogId>) -> u64 {
     id.map_or(0, |id| id.index)
 }
 
+/// How this member takes part: 75 ms between heartbeats, an election after 250 to 350 ms of silence. A member asks the
+/// others first whether they would elect it, so that one that comes back does not disturb a leader that works.
+fn settings(snapshot_after: u64) -> Config {
+    Config {
+        cluster_name: "blixard".into(),
+        heartbeat_interval: 75,
+        election_timeout_min: 250,
+        election_timeout_max: 350,
+        enable_pre_vote: Some(true),
+        max_payload_entries: 1024,
+        snapshot_policy: SnapshotPolicy::LogsSinceLast(snapshot_after),
+        max_in_snapshot_log_to_keep: snapshot_after,
+        ..Config::default()
+    }
+}
+
 impl Consensus {
-    /// Opens log and state in `folder` and starts this member; the first start makes a cluster of one voter.
+    /// Opens log and state and starts this member.
     ///
     /// # Errors
     /// See [`ConsensusError`].
-    pub async fn open(
-        folder: &Path,
-        node: NodeId,
-        name: &str,
-        snapshot_after: u64,
-    ) -> Result<Self, ConsensusError> {
+    pub async fn open(opening: Opening<'_>) -> Result<Self, ConsensusError> {
+        let Opening { folder, node, founder, snapshot_after, tls } = opening;
         let made = std::fs::create_dir_all(folder);
         made.map_err(|source| ConsensusError::Folder { path: folder.to_owned(), source })?;
         let (log, log_closed) = LogStore::open(&folder.join("log.redb"))?;
         let (state, state_closed) = StateStore::open(&folder.join("state.redb"))?;
         let replica = state.replica();
+        let peers = Peers::new(Arc::clone(&replica), tls);
         let failed = |what| move |error: String| ConsensusError::Raft { what, reason: error };
-        let config = Config {
-            cluster_name: "blixard".into(),
-            heartbeat_interval: 75,
-            election_timeout_min: 250,
-            election_timeout_max: 350,
-            snapshot_policy: SnapshotPolicy::LogsSinceLast(snapshot_after),
-            max_in_snapshot_log_to_keep: snapshot_after,
-            ..Config::default()
-        };
-        let config = config.validate().map_err(|e| failed("use its settings")(e.to_string()))?;
-        let raft = Raft::new(node, Arc::new(config), NoPeers, log, state).await;
+        let config = settings(snapshot_after).validate();
+        let config = config.map_err(|e| failed("use its settings")(e.to_string()))?;
+        let raft = Raft::new(node, Arc::new(config), peers.clone(), log, state).await;
         let raft = raft.map_err(|e| failed("start")(e.to_string()))?;
         let known = raft.is_initialized().await.map_err(|e| failed("read its state")(e.to_string()))?;
-        if !known {
-            let members = BTreeMap::from([(node, BasicNode { addr: name.to_owned() })]);
+        if founder && !known {
+            let members = BTreeMap::from([(node, BasicNode::default())]);
             raft.initialize(members).await.map_err(|e| failed("make a cluster")(e.to_string()))?;
-        } else if raft.voter_ids().all(|voter| voter == node) {
+        } else if known && raft.voter_ids().all(|voter| voter == node) {
             // A lone voter need not wait until a leader has been silent for long enough.
             let elect = raft.trigger().elect(false).await;
             elect.map_err(|e| failed("stand for election")(e.to_string()))?;
         }
         let closing = Arc::new(Mutex::new(vec![log_closed, state_closed]));
-        Ok(Self { raft, replica, proposals: Arc::default(), node, closing })
+        Ok(Self { raft, replica, peers, proposals: Arc::default(), node, closing })
     }
 
-    /// Waits until this member leads and has applied all that was acknowledged before it was started.
+    /// True when this is the only member that votes.
+    pub fn is_alone(&self) -> bool {
+        let mut voters = self.raft.voter_ids();
+        voters.next() == Some(self.node) && voters.next().is_none()
+    }
+
+    fn raft(&self) -> &Raft<Types, StateStore> {
+        &self.raft
+    }
+
+    /// Waits until this member has applied all that was acknowledged before it was started; a lone voter also leads then.
     ///
     /// # Errors
     /// [`ConsensusError::Raft`] when that takes too long.
     pub async fn recovered(&self) -> Result<(), ConsensusError> {
         let failed = |what| move |error: String| ConsensusError::Raft { what, reason: error };
-        let wait = self.raft.wait(Some(RECOVERY_MAX)).state(ServerState::Leader, "lead").await;
-        wait.map_err(|e| failed("lead")(e.to_string()))?;
+        if self.is_alone() {
+            let wait = self.raft.wait(Some(RECOVERY_MAX)).state(ServerState::Leader, "lead").await;
+            wait.map_err(|e| failed("lead")(e.to_string()))?;
+        }
         let wait = self.raft.wait_for_recovery(Some(RECOVERY_MAX)).await;
         wait.map_err(|e| failed("recover")(e.to_string()))?;
         Ok(())
@@ -180,35 +209,24 @@ impl Consensus {
         self.node
     }
 
-    /// Proposes a command and answers what applying it answered, with the revision of it. When this returns an error the
-    /// command may still be applied later, except with [`ProposeError::NotLeader`].
-    ///
-    /// # Errors
-    /// See [`ProposeError`].
-    pub async fn propose(&self, proposal: Proposal) -> Result<(u64, Outcome), ProposeError> {
-        self.proposals.fetch_add(1, Ordering::Relaxed);
-        match self.raft.client_write(proposal).await {
-            Ok(response) => match response.data {
-                Applied::Command(outcome) => Ok((response.log_id.index, *outcome)),
-                Applied::Nothing => {
-                    Err(ProposeError::Stopped("the entry came back without an answer".into()))
-                }
-            },
-            Err(RaftError::APIError(ClientWriteError::ForwardToLeader(forward))) => {
-                Err(ProposeError::NotLeader { leader: forward.leader_id.map(|id| self.name_of(id)) })
-            }
-            Err(error) => Err(ProposeError::Stopped(error.to_string())),
-        }
-    }
-
     /// The name of the leader, when known.
     pub fn leader(&self) -> Option<String> {
-        use openraft::type_config::async_runtime::watch::WatchReceiver;
-        let leader = self.raft.metrics().borrow_watched().current_leader?;
-        Some(self.name_of(leader))
+        self.leader_id().map(|leader| self.name_of(leader))
     }
 
-    fn name_of(&self, node: NodeId) -> String {
+    /// The leader, when known.
+    pub fn leader_id(&self) -> Option<NodeId> {
+        use openraft::type_config::async_runtime::watch::WatchReceiver;
+        self.raft.metrics().borrow_watched().current_leader
+    }
+
+    /// True when this member leads, as far as it knows.
+    pub fn leads(&self) -> bool {
+        self.leader_id() == Some(self.node)
+    }
+
+    /// Name of a node.
+    pub fn name_of(&self, node: NodeId) -> String {
         let known = self.replica.state().node(node).map(|record| record.name.clone());
         known.unwrap_or_else(|| format!("number {node}"))
     }
@@ -241,6 +259,15 @@ impl Consensus {
             if metrics.changed().await.is_err() {
                 return "Raft has ended".into();
             }
+        }
+    }
+
+    /// Before this member ends: lets another voter lead, so that nobody has to wait for an election.
+    pub async fn hand_over(&self) {
+        let other = self.raft.voter_ids().find(|voter| *voter != self.node);
+        let (true, Some(other)) = (self.leads(), other) else { return };
+        if let Err(reason) = self.transfer(other, HAND_OVER_MAX).await {
+            tracing::warn!("leadership was not handed over: {reason}");
         }
     }
 

@@ -34,7 +34,8 @@ fn proposal(command: Command) -> Proposal {
 }
 
 async fn open(folder: &Path) -> Consensus {
-    let consensus = Consensus::open(folder, 1, "one", 50).await.unwrap();
+    let opening = Opening { folder, node: 1, founder: true, snapshot_after: 50, tls: None };
+    let consensus = Consensus::open(opening).await.unwrap();
     consensus.recovered().await.unwrap();
     consensus
 }

@@ -7,7 +7,8 @@
 //!
 //! A snapshot is no copy: it is a read transaction, a view of the records at one instant.
 
-use std::io;
+use std::fs::File;
+use std::io::{self, BufReader, Read, Seek};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -69,19 +70,72 @@ pub struct StateStore {
 pub enum SnapshotData {
     /// A view of our own records.
     View(Box<ReadTransaction>),
-    /// Records as they came from another node.
-    Records(Vec<(String, Vec<u8>)>),
+    /// Records as they came from another node, one after the other as [`put_record`] writes them.
+    Spool(File),
+}
+
+/// Largest record in bytes.
+const RECORD_BYTES_MAX: u32 = 16 << 20;
+
+/// Writes a record: length of the key (4 bytes, little-endian), key, length of the value, value.
+///
+/// # Errors
+/// One of them is too long.
+pub fn put_record(out: &mut Vec<u8>, key: &str, value: &[u8]) -> io::Result<()> {
+    for bytes in [key.as_bytes(), value] {
+        let length = u32::try_from(bytes.len()).ok().filter(|length| *length <= RECORD_BYTES_MAX);
+        let length = length.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "a record is too long"))?;
+        out.extend_from_slice(&length.to_le_bytes());
+        out.extend_from_slice(bytes);
+    }
+    Ok(())
+}
+
+/// The next part of a record; `None` at the end.
+fn next_part(reader: &mut impl Read) -> io::Result<Option<Vec<u8>>> {
+    let mut length = [0; 4];
+    match reader.read_exact(&mut length) {
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
+        other => other?,
+    }
+    let length = u32::from_le_bytes(length);
+    if length > RECORD_BYTES_MAX {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "a record is too long"));
+    }
+    let mut bytes = Vec::new();
+    reader.take(u64::from(length)).read_to_end(&mut bytes)?;
+    if bytes.len() != usize::try_from(length).map_err(io::Error::other)? {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    Ok(Some(bytes))
 }
 
 impl SnapshotData {
-    /// All records: key and JSON value.
+    /// Calls `each` with every record: key and JSON value.
     ///
     /// # Errors
-    /// The system's answer when the file cannot be read.
-    pub fn into_records(self) -> io::Result<Vec<(String, Vec<u8>)>> {
+    /// The file cannot be read or is damaged, or what `each` answers.
+    pub fn for_each(&self, mut each: impl FnMut(&str, &[u8]) -> io::Result<()>) -> io::Result<()> {
         match self {
-            Self::Records(records) => Ok(records),
-            Self::View(transaction) => all_records(&transaction),
+            Self::View(transaction) => {
+                let table = transaction.open_table(RECORDS).map_err(io_error)?;
+                for item in table.iter().map_err(io_error)? {
+                    let (key, value) = item.map_err(io_error)?;
+                    each(key.value(), value.value())?;
+                }
+                Ok(())
+            }
+            Self::Spool(file) => {
+                let mut file = file;
+                file.rewind()?;
+                let mut reader = BufReader::new(file);
+                while let Some(key) = next_part(&mut reader)? {
+                    let key = String::from_utf8(key).map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))?;
+                    let value = next_part(&mut reader)?.ok_or(io::ErrorKind::UnexpectedEof)?;
+                    each(&key, &value)?;
+                }
+                Ok(())
+            }
         }
     }
 }
@@ -94,14 +148,11 @@ fn json<T: serde::Serialize>(value: &T) -> io::Result<Vec<u8>> {
     serde_json::to_vec(value).map_err(io::Error::other)
 }
 
-fn all_records(transaction: &ReadTransaction) -> io::Result<Vec<(String, Vec<u8>)>> {
-    let table = transaction.open_table(RECORDS).map_err(io_error)?;
-    let mut records = Vec::new();
-    for item in table.iter().map_err(io_error)? {
-        let (key, value) = item.map_err(io_error)?;
-        records.push((key.value().to_owned(), value.value().to_owned()));
-    }
-    Ok(records)
+/// The state that these records make up.
+fn state_of(revision: u64, data: &SnapshotData) -> io::Result<State> {
+    let mut state = State::begin(revision);
+    data.for_each(|key, value| state.load(key, value).map_err(record_error))?;
+    Ok(state)
 }
 
 fn meta<T: DeserializeOwned>(transaction: &ReadTransaction, key: &str) -> io::Result<Option<T>> {
@@ -133,8 +184,9 @@ impl StateStore {
             let transaction = db.begin_read().map_err(io_error)?;
             let applied: Option<LogId> = meta(&transaction, APPLIED)?.flatten();
             let revision = applied.map_or(0, |id| id.index);
-            let state = State::from_records(revision, all_records(&transaction)?).map_err(record_error)?;
-            Ok((state, applied, meta(&transaction, MEMBERSHIP)?.unwrap_or_default()))
+            let membership = meta(&transaction, MEMBERSHIP)?.unwrap_or_default();
+            let state = state_of(revision, &SnapshotData::View(Box::new(transaction)))?;
+            Ok((state, applied, membership))
         };
         let (state, applied, membership) = read().map_err(StateError::Read)?;
         let broken = crate::state::invariants::broken(&state);
@@ -173,7 +225,9 @@ impl StateStore {
                         state.advance(index);
                         Applied::Nothing
                     }
-                    EntryPayload::Normal(proposal) => {
+                    EntryPayload::Normal(command) => {
+                        // Nobody may go on without what the others applied.
+                        let proposal = command.proposal().map_err(io::Error::from)?;
                         let leaving = match &proposal.command {
                             Command::ForgetVm { id, .. } => state.vm(*id).cloned(),
                             _ => None,
@@ -332,28 +386,22 @@ impl RaftStateMachine<Types> for StateStore {
     async fn install_snapshot(&mut self, snapshot: &SnapshotMeta, data: SnapshotData) -> io::Result<()> {
         let revision = snapshot.last_log_id.map_or(0, |id| id.index);
         blocking(|| {
-            let records = data.into_records()?;
+            // First a look at all of it: what is damaged replaces nothing.
+            let state = state_of(revision, &data)?;
             let (applied, membership) = (json(&snapshot.last_log_id)?, json(&snapshot.last_membership)?);
-            let commit = || -> Result<(), redb::Error> {
-                let mut transaction = self.db.begin_write()?;
-                transaction.set_durability(Durability::Immediate)?;
-                transaction.set_quick_repair(true);
-                transaction.delete_table(RECORDS)?;
-                {
-                    let mut table = transaction.open_table(RECORDS)?;
-                    for (key, value) in &records {
-                        table.insert(key.as_str(), value.as_slice())?;
-                    }
-                    let mut meta = transaction.open_table(META)?;
-                    meta.insert(APPLIED, applied.as_slice())?;
-                    meta.insert(MEMBERSHIP, membership.as_slice())?;
-                    meta.insert(SNAPSHOT, b"true".as_slice())?;
-                }
-                transaction.commit()?;
-                Ok(())
-            };
-            commit().map_err(io_error)?;
-            let state = State::from_records(revision, records).map_err(record_error)?;
+            let mut transaction = self.db.begin_write().map_err(io_error)?;
+            transaction.set_durability(Durability::Immediate).map_err(io_error)?;
+            transaction.set_quick_repair(true);
+            transaction.delete_table(RECORDS).map_err(io_error)?;
+            {
+                let mut table = transaction.open_table(RECORDS).map_err(io_error)?;
+                data.for_each(|key, value| table.insert(key, value).map(drop).map_err(io_error))?;
+                let mut meta = transaction.open_table(META).map_err(io_error)?;
+                meta.insert(APPLIED, applied.as_slice()).map_err(io_error)?;
+                meta.insert(MEMBERSHIP, membership.as_slice()).map_err(io_error)?;
+                meta.insert(SNAPSHOT, b"true".as_slice()).map_err(io_error)?;
+            }
+            transaction.commit().map_err(io_error)?;
             self.replica.replace(state);
             Ok::<(), io::Error>(())
         })?;

@@ -128,6 +128,7 @@ impl State {
                 self.touch_all_plans();
                 Ok(Answer::Kernel(kernel))
             }
+            Command::Member(command) => self.run_member(command, now_ms),
         }
     }
 
@@ -143,12 +144,18 @@ impl State {
             return Err(Refusal::Initialised);
         }
         // 4096 revisions per millisecond of cluster life are never reached, and 2^53 is not passed before the year 2039.
-        let plan_base = now_ms.saturating_mul(4096);
-        self.cluster = Some(Arc::new(ClusterRecord { feature_level, created_at_ms: now_ms, plan_base }));
+        let plan_base = now_ms.saturating_mul(REVISIONS_PER_MS);
+        self.cluster = Some(Arc::new(ClusterRecord {
+            feature_level,
+            created_at_ms: now_ms,
+            plan_base,
+            next_node: node.saturating_add(1),
+        }));
         self.changed.insert(RecordKey::Cluster);
         self.networks.insert(network.name.clone(), Arc::new(network.clone()));
         self.changed.insert(RecordKey::Network(network.name.clone()));
-        let record = NodeRecord { id: node, name: node_name.to_owned(), plan_generation: 0 };
+        let mut record = NodeRecord::new(node, node_name);
+        record.feature_level = feature_level;
         self.nodes.insert(node, Arc::new(record));
         self.touch_plan(node);
         Ok(Answer::Done)
@@ -319,8 +326,9 @@ impl State {
     }
 
     /// The plan of this node is another one from this revision on; answers its generation.
-    fn touch_plan(&mut self, node: NodeId) -> u64 {
-        let base = self.cluster.as_ref().map_or(0, |cluster| cluster.plan_base);
+    pub(super) fn touch_plan(&mut self, node: NodeId) -> u64 {
+        let own = self.nodes.get(&node).map_or(0, |record| record.plan_base);
+        let base = self.cluster.as_ref().map_or(0, |cluster| cluster.plan_base).max(own);
         let generation = base.saturating_add(self.revision);
         if let Some(record) = self.nodes.get_mut(&node) {
             Arc::make_mut(record).plan_generation = generation;
@@ -337,6 +345,8 @@ impl State {
     }
 }
 
+/// More revisions than a millisecond of a cluster's life ever has.
+pub(super) const REVISIONS_PER_MS: u64 = 4096;
 /// Name of the kernel of VMs that name none.
 pub const DEFAULT_KERNEL: &str = "default";
 /// Name of the network of VMs that name none.

@@ -12,7 +12,8 @@ use blixard_api::VmId;
 use blixard_api::vm::VmSpec;
 use serde::{Deserialize, Serialize};
 
-use super::records::{ImageRecord, KernelRecord, NetworkRecord, NodeId, Observed, VmRecord};
+use super::member::MemberCommand;
+use super::records::{ImageRecord, KernelRecord, NetworkRecord, NodeId, NodeRecord, Observed, VmRecord};
 
 /// A command on its way through the log, with what its application may not find out by itself.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -133,6 +134,8 @@ pub enum Command {
         /// Name.
         name: String,
     },
+    /// Changes the cluster itself.
+    Member(Box<MemberCommand>),
 }
 
 impl Command {
@@ -151,6 +154,16 @@ impl Command {
             Self::DeleteImage { .. } => "delete_image",
             Self::PutKernel(_) => "put_kernel",
             Self::DeleteKernel { .. } => "delete_kernel",
+            Self::Member(command) => command.kind(),
+        }
+    }
+
+    /// The feature level of the cluster from which on it may be proposed: before, a member could meet it that does not
+    /// know it.
+    pub fn level(&self) -> u32 {
+        match self {
+            Self::Member(command) => command.level(),
+            _ => 1,
         }
     }
 }
@@ -181,6 +194,8 @@ pub enum Answer {
     Image(Arc<ImageRecord>),
     /// The kernel as it is now, or was.
     Kernel(Arc<KernelRecord>),
+    /// The node as it is now, or was.
+    Node(Arc<NodeRecord>),
 }
 
 /// Why a command changed nothing.
@@ -244,6 +259,45 @@ pub enum Refusal {
         /// How many more there are.
         more: usize,
     },
+    /// There is no such token, or it was used.
+    #[error("there is no such token: it was mistyped, used or revoked")]
+    NoToken,
+    /// The token's time is over.
+    #[error("the token has expired")]
+    TokenExpired,
+    /// More tokens than are kept.
+    #[error("there are {0} tokens already, more are not possible")]
+    TooManyTokens(usize),
+    /// More nodes than are possible.
+    #[error("there are {0} nodes already, more are not possible")]
+    TooManyNodes(usize),
+    /// Another node has this name.
+    #[error("a node named {0:?} exists already")]
+    NodeNameTaken(String),
+    /// A cluster has a node.
+    #[error("the only node of a cluster cannot be removed")]
+    LastNode,
+    /// The node's program is too old.
+    #[error("the cluster has feature level {needs}, the node knows up to {has}")]
+    Level {
+        /// The feature level of the cluster.
+        needs: u32,
+        /// What the node knows.
+        has: u32,
+    },
+    /// Some node's program is too old.
+    #[error("node {name:?} knows up to feature level {knows}, {wanted} is wanted")]
+    NodeBehind {
+        /// Its name.
+        name: String,
+        /// What it knows.
+        knows: u32,
+        /// What is wanted.
+        wanted: u32,
+    },
+    /// Somebody else was faster.
+    #[error("{0} changed meanwhile")]
+    Changed(String),
     /// The idempotency key came with another request before.
     #[error("this idempotency key was used for another request")]
     KeyReused,

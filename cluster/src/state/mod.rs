@@ -9,8 +9,10 @@
 
 pub mod address;
 pub mod apply;
+pub mod apply_member;
 pub mod command;
 pub mod invariants;
+pub mod member;
 pub mod records;
 #[cfg(test)]
 pub mod testing;
@@ -25,6 +27,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 pub use command::{Answer, Command, Key, Outcome, Proposal, Refusal};
+pub use member::{ApiTokenRecord, JoinTokenRecord, MemberCommand, NodeFacts, TrustRecord};
 pub use records::{
     ClusterRecord, ImageRecord, KeptAnswer, KernelRecord, NetworkRecord, NicRecord, NodeId, NodeRecord,
     Observed, Pins, VmRecord,
@@ -59,6 +62,12 @@ pub enum RecordKey {
     Vm(VmId),
     /// A kept answer by idempotency key.
     Answer(String),
+    /// Whom nodes trust.
+    Trust,
+    /// A join token by the digest of its secret.
+    JoinToken(String),
+    /// A token for the API by name.
+    ApiToken(String),
 }
 
 impl fmt::Display for RecordKey {
@@ -71,6 +80,9 @@ impl fmt::Display for RecordKey {
             Self::Kernel(name) => write!(f, "kernel/{name}"),
             Self::Vm(id) => write!(f, "vm/{id}"),
             Self::Answer(key) => write!(f, "answer/{key}"),
+            Self::Trust => f.write_str("trust"),
+            Self::JoinToken(sha256) => write!(f, "join-token/{sha256}"),
+            Self::ApiToken(name) => write!(f, "api-token/{name}"),
         }
     }
 }
@@ -113,6 +125,9 @@ pub struct State {
     kernels: BTreeMap<String, Arc<KernelRecord>>,
     vms: BTreeMap<VmId, Arc<VmRecord>>,
     answers: BTreeMap<String, Arc<KeptAnswer>>,
+    trust: Option<Arc<TrustRecord>>,
+    join_tokens: BTreeMap<String, Arc<JoinTokenRecord>>,
+    api_tokens: BTreeMap<String, Arc<ApiTokenRecord>>,
     /// VMs by project and name.
     names: BTreeMap<String, BTreeMap<String, VmId>>,
     /// VMs by network and host number.
@@ -136,6 +151,9 @@ impl PartialEq for State {
             && self.kernels == other.kernels
             && self.vms == other.vms
             && self.answers == other.answers
+            && self.trust == other.trust
+            && self.join_tokens == other.join_tokens
+            && self.api_tokens == other.api_tokens
             && self.names == other.names
             && self.hosts == other.hosts
             && self.answer_ages == other.answer_ages
@@ -157,6 +175,31 @@ impl State {
     /// A node.
     pub fn node(&self, id: NodeId) -> Option<&Arc<NodeRecord>> {
         self.nodes.get(&id)
+    }
+
+    /// Nodes in order of number.
+    pub fn nodes(&self) -> impl Iterator<Item = &Arc<NodeRecord>> {
+        self.nodes.values()
+    }
+
+    /// A node by name.
+    pub fn node_named(&self, name: &str) -> Option<&Arc<NodeRecord>> {
+        self.nodes.values().find(|node| node.name == name)
+    }
+
+    /// Whom nodes trust, once other nodes can join.
+    pub fn trust(&self) -> Option<&Arc<TrustRecord>> {
+        self.trust.as_ref()
+    }
+
+    /// Join tokens that were not used.
+    pub fn join_tokens(&self) -> impl Iterator<Item = &Arc<JoinTokenRecord>> {
+        self.join_tokens.values()
+    }
+
+    /// Tokens for the API in order of name.
+    pub fn api_tokens(&self) -> impl Iterator<Item = &Arc<ApiTokenRecord>> {
+        self.api_tokens.values()
     }
 
     /// Networks in order of name.
@@ -257,6 +300,9 @@ impl State {
             RecordKey::Kernel(name) => encode(key, self.kernels.get(name)),
             RecordKey::Vm(id) => encode(key, self.vms.get(id)),
             RecordKey::Answer(text) => encode(key, self.answers.get(text)),
+            RecordKey::Trust => encode(key, self.trust.as_ref()),
+            RecordKey::JoinToken(sha256) => encode(key, self.join_tokens.get(sha256)),
+            RecordKey::ApiToken(name) => encode(key, self.api_tokens.get(name)),
         }
     }
 
@@ -270,6 +316,9 @@ impl State {
         keys.extend(self.kernels.keys().cloned().map(RecordKey::Kernel));
         keys.extend(self.vms.keys().map(|id| RecordKey::Vm(*id)));
         keys.extend(self.answers.keys().cloned().map(RecordKey::Answer));
+        keys.extend(self.trust.iter().map(|_| RecordKey::Trust));
+        keys.extend(self.join_tokens.keys().cloned().map(RecordKey::JoinToken));
+        keys.extend(self.api_tokens.keys().cloned().map(RecordKey::ApiToken));
         keys
     }
 
@@ -281,14 +330,23 @@ impl State {
         revision: u64,
         records: impl IntoIterator<Item = (String, Vec<u8>)>,
     ) -> Result<Self, RecordError> {
-        let mut state = Self { revision, ..Self::default() };
+        let mut state = Self::begin(revision);
         for (key, value) in records {
             state.load(&key, &value)?;
         }
         Ok(state)
     }
 
-    fn load(&mut self, key: &str, value: &[u8]) -> Result<(), RecordError> {
+    /// An empty state of this revision, to be filled with stored records.
+    pub fn begin(revision: u64) -> Self {
+        Self { revision, ..Self::default() }
+    }
+
+    /// Adds a stored record.
+    ///
+    /// # Errors
+    /// See [`RecordError`].
+    pub fn load(&mut self, key: &str, value: &[u8]) -> Result<(), RecordError> {
         let kind = key.split_once('/').map_or(key, |(kind, _)| kind);
         match kind {
             "cluster" => self.cluster = Some(decode(key, value)?),
@@ -317,6 +375,15 @@ impl State {
                 let kept: Arc<KeptAnswer> = decode(key, value)?;
                 self.answer_ages.insert(kept.revision, kept.key.clone());
                 self.answers.insert(kept.key.clone(), kept);
+            }
+            "trust" => self.trust = Some(decode(key, value)?),
+            "join-token" => {
+                let token: Arc<JoinTokenRecord> = decode(key, value)?;
+                self.join_tokens.insert(token.sha256.clone(), token);
+            }
+            "api-token" => {
+                let token: Arc<ApiTokenRecord> = decode(key, value)?;
+                self.api_tokens.insert(token.name.clone(), token);
             }
             _ => return Err(RecordError::Key(key.to_owned())),
         }

@@ -1,7 +1,7 @@
 //! The records that the replicated state is made of. They are stored as JSON: a field is only added, and with a default.
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use blixard_agent_api::{BlobRef, Digest};
 use blixard_api::VmId;
@@ -12,6 +12,9 @@ use blixard_vmm_api::ExitReason;
 use blixard_vmm_api::config::MacAddr;
 use blixard_vmm_api::guest::{Command as Workload, WorkloadExit};
 use serde::{Deserialize, Serialize};
+
+use super::member::NodeFacts;
+pub use super::member::{Authority, TrustRecord};
 
 /// Number of a node for its whole life; never given twice.
 pub type NodeId = u64;
@@ -26,6 +29,14 @@ pub struct ClusterRecord {
     /// Added to revisions to make generations of plans: a cluster that is made anew on the same hosts begins above the
     /// old one, so that agents do not take its plans for old ones.
     pub plan_base: u64,
+    /// Number of the next node: numbers are never given twice.
+    #[serde(default = "second")]
+    pub next_node: NodeId,
+}
+
+/// The next node of a cluster that was made when clusters had one.
+fn second() -> NodeId {
+    2
 }
 
 /// A node.
@@ -37,6 +48,87 @@ pub struct NodeRecord {
     pub name: String,
     /// Generation of its newest plan.
     pub plan_generation: u64,
+    /// Where other nodes and users reach it, if they can.
+    #[serde(default)]
+    pub address: Option<SocketAddr>,
+    /// Its public key (Ed25519), hexadecimal.
+    #[serde(default)]
+    pub public_key: Option<String>,
+    /// Where it stands: `zone`, `rack` and whatever else is told apart.
+    #[serde(default)]
+    pub labels: BTreeMap<String, String>,
+    /// Version of its program.
+    #[serde(default)]
+    pub version: String,
+    /// Highest feature level that its program knows.
+    #[serde(default = "first_level")]
+    pub feature_level: u32,
+    /// Version of the trust that its certificate follows.
+    #[serde(default)]
+    pub trust_version: u64,
+    /// It gets no new VMs.
+    #[serde(default)]
+    pub cordoned: bool,
+    /// Digest of the join token that it came with.
+    #[serde(default)]
+    pub joined_with: Option<String>,
+    /// When it joined, in milliseconds of Unix time.
+    #[serde(default)]
+    pub joined_at_ms: u64,
+    /// As that of the cluster, when this is higher: generations of this node's plans begin above what its agent may know from
+    /// a cluster that the node left.
+    #[serde(default)]
+    pub plan_base: u64,
+}
+
+/// What programs knew that did not say what they know.
+fn first_level() -> u32 {
+    1
+}
+
+impl NodeRecord {
+    /// A node of which nothing but this is known.
+    pub fn new(id: NodeId, name: &str) -> Self {
+        Self {
+            id,
+            name: name.to_owned(),
+            plan_generation: 0,
+            address: None,
+            public_key: None,
+            labels: BTreeMap::new(),
+            version: String::new(),
+            feature_level: first_level(),
+            trust_version: 0,
+            cordoned: false,
+            joined_with: None,
+            joined_at_ms: 0,
+            plan_base: 0,
+        }
+    }
+
+    /// Takes over what the node says about itself.
+    pub fn learn(&mut self, facts: &NodeFacts) {
+        self.name.clone_from(&facts.name);
+        self.address = facts.address;
+        self.public_key.clone_from(&facts.public_key);
+        self.labels.clone_from(&facts.labels);
+        self.version.clone_from(&facts.version);
+        self.feature_level = facts.feature_level;
+        self.trust_version = facts.trust_version;
+    }
+
+    /// What it said about itself last.
+    pub fn facts(&self) -> NodeFacts {
+        NodeFacts {
+            name: self.name.clone(),
+            address: self.address,
+            public_key: self.public_key.clone(),
+            labels: self.labels.clone(),
+            version: self.version.clone(),
+            feature_level: self.feature_level,
+            trust_version: self.trust_version,
+        }
+    }
 }
 
 /// A network with its addresses.

@@ -45,7 +45,7 @@ pub fn init(prefix: u8) -> Command {
         mtu: 1500,
         next_host: 2,
     };
-    Command::InitCluster { feature_level: 1, network, node: 1, node_name: "one".into() }
+    Command::InitCluster { feature_level: 2, network, node: 1, node_name: "one".into() }
 }
 
 /// The command that makes a VM of the image `img`.

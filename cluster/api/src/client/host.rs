@@ -10,24 +10,32 @@ use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
+use tokio_rustls::client::TlsStream;
+
+use crate::token::Access;
 
 /// The host of users who name none.
 pub const DEFAULT_HOST: &str = "unix:///run/blixard/node.sock";
 /// Longest time for a connection to come about.
 const CONNECT_TIME: Duration = Duration::from_secs(10);
 
-/// Where a node listens: `unix:///PATH` (or the bare absolute path) or `http://HOST:PORT`.
+/// Where a node listens: `unix:///PATH` (or the bare absolute path), `https://HOST:PORT` with a token, or
+/// `http://HOST:PORT`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Host {
     /// A Unix socket.
     Unix(PathBuf),
     /// Plain HTTP over TCP: `host:port`.
     Http(String),
+    /// HTTP over TLS: `host:port`, and the token by which both ends know each other.
+    Https(String, Option<Box<Access>>),
 }
 
 /// A text that names no host.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{text:?} is no address of a node: unix:///PATH and http://HOST:PORT are possible")]
+#[error(
+    "{text:?} is no address of a node: unix:///PATH, https://HOST:PORT and http://HOST:PORT are possible"
+)]
 pub struct NotAHost {
     /// The text, cut to 200 characters.
     pub text: String,
@@ -42,15 +50,19 @@ impl FromStr for Host {
         if path.starts_with('/') {
             return Ok(Self::Unix(path.into()));
         }
-        let authority = text.strip_prefix("http://").map(|t| t.strip_suffix('/').unwrap_or(t));
-        let authority = authority.ok_or_else(wrong)?;
+        let (encrypted, authority) = match (text.strip_prefix("http://"), text.strip_prefix("https://")) {
+            (Some(authority), _) => (false, authority),
+            (None, Some(authority)) => (true, authority),
+            (None, None) => return Err(wrong()),
+        };
+        let authority = authority.strip_suffix('/').unwrap_or(authority);
         let (name, port) = authority.rsplit_once(':').ok_or_else(wrong)?;
         let name_ok =
             !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-.:[]_".contains(&b));
         if !name_ok || port.parse::<u16>().is_err() {
             return Err(wrong());
         }
-        Ok(Self::Http(authority.into()))
+        Ok(if encrypted { Self::Https(authority.into(), None) } else { Self::Http(authority.into()) })
     }
 }
 
@@ -59,6 +71,7 @@ impl fmt::Display for Host {
         match self {
             Self::Unix(path) => write!(f, "unix://{}", path.display()),
             Self::Http(authority) => write!(f, "http://{authority}"),
+            Self::Https(authority, _) => write!(f, "https://{authority}"),
         }
     }
 }
@@ -68,7 +81,24 @@ impl Host {
     pub(super) fn authority(&self) -> &str {
         match self {
             Self::Unix(_) => "localhost",
-            Self::Http(authority) => authority,
+            Self::Http(authority) | Self::Https(authority, _) => authority,
+        }
+    }
+
+    /// The same place, with a token when it is one that needs it.
+    #[must_use]
+    pub fn with_access(self, access: Access) -> Self {
+        match self {
+            Self::Https(authority, _) => Self::Https(authority, Some(Box::new(access))),
+            other => other,
+        }
+    }
+
+    /// The secret to say, over TLS only.
+    pub(super) fn bearer(&self) -> Option<&str> {
+        match self {
+            Self::Https(_, Some(access)) => Some(&access.secret),
+            _ => None,
         }
     }
 
@@ -80,6 +110,13 @@ impl Host {
                     let stream = TcpStream::connect(authority).await?;
                     stream.set_nodelay(true)?;
                     Ok(Connection::Tcp(stream))
+                }
+                Self::Https(authority, access) => {
+                    let missing = || io::Error::new(io::ErrorKind::PermissionDenied, "a token is needed");
+                    let access = access.as_ref().ok_or_else(missing)?;
+                    let stream = TcpStream::connect(authority).await?;
+                    stream.set_nodelay(true)?;
+                    Ok(Connection::Tls(Box::new(super::tls::connect(stream, access).await?)))
                 }
             }
         });
@@ -102,7 +139,13 @@ impl Host {
                 "your user may not use the socket: run with sudo, or join the group that `ls -lL {}` shows",
                 path.display()
             ),
-            (Self::Http(_), io::ErrorKind::ConnectionRefused) => {
+            (Self::Https(..), io::ErrorKind::PermissionDenied) => {
+                "give a token for the API in BLIXARD_TOKEN: `blixard token create NAME` on a node makes one".into()
+            }
+            (Self::Https(..), io::ErrorKind::InvalidData) => {
+                "whoever answers is not of the cluster that the token is for: are address and token right?".into()
+            }
+            (Self::Http(_) | Self::Https(..), io::ErrorKind::ConnectionRefused) => {
                 format!("nobody listens on this port: is the port right? If so, {start}")
             }
             (_, io::ErrorKind::TimedOut) => {
@@ -120,6 +163,7 @@ impl Host {
 pub(super) enum Connection {
     Unix(UnixStream),
     Tcp(TcpStream),
+    Tls(Box<TlsStream<TcpStream>>),
 }
 
 impl AsyncRead for Connection {
@@ -131,6 +175,7 @@ impl AsyncRead for Connection {
         match self.get_mut() {
             Self::Unix(stream) => Pin::new(stream).poll_read(context, buffer),
             Self::Tcp(stream) => Pin::new(stream).poll_read(context, buffer),
+            Self::Tls(stream) => Pin::new(stream).poll_read(context, buffer),
         }
     }
 }
@@ -140,6 +185,7 @@ impl AsyncWrite for Connection {
         match self.get_mut() {
             Self::Unix(stream) => Pin::new(stream).poll_write(context, bytes),
             Self::Tcp(stream) => Pin::new(stream).poll_write(context, bytes),
+            Self::Tls(stream) => Pin::new(stream).poll_write(context, bytes),
         }
     }
 
@@ -147,6 +193,7 @@ impl AsyncWrite for Connection {
         match self.get_mut() {
             Self::Unix(stream) => Pin::new(stream).poll_flush(context),
             Self::Tcp(stream) => Pin::new(stream).poll_flush(context),
+            Self::Tls(stream) => Pin::new(stream).poll_flush(context),
         }
     }
 
@@ -154,6 +201,7 @@ impl AsyncWrite for Connection {
         match self.get_mut() {
             Self::Unix(stream) => Pin::new(stream).poll_shutdown(context),
             Self::Tcp(stream) => Pin::new(stream).poll_shutdown(context),
+            Self::Tls(stream) => Pin::new(stream).poll_shutdown(context),
         }
     }
 }
@@ -167,8 +215,9 @@ mod tests {
         assert_eq!("/run/x.sock".parse(), Ok(Host::Unix("/run/x.sock".into())));
         assert_eq!("unix:///run/x.sock".parse(), Ok(Host::Unix("/run/x.sock".into())));
         assert_eq!("http://[::1]:8080/".parse(), Ok(Host::Http("[::1]:8080".into())));
+        assert_eq!("https://192.0.2.1:7440".parse(), Ok(Host::Https("192.0.2.1:7440".into(), None)));
         for wrong in
-            ["", "x.sock", "unix://x", "https://a:1", "http://a", "http://:1", "http://a:b", "http://a b:1"]
+            ["", "x.sock", "unix://x", "ftp://a:1", "https://a", "http://a", "http://:1", "http://a:b", "http://a b:1"]
         {
             assert!(wrong.parse::<Host>().is_err(), "{wrong}");
         }

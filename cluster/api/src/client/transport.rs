@@ -68,6 +68,9 @@ impl Call {
             .uri(&self.path)
             .header(header::HOST, host.authority())
             .header(header::USER_AGENT, concat!("blixard/", env!("CARGO_PKG_VERSION")));
+        if let Some(secret) = host.bearer() {
+            builder = builder.header(header::AUTHORIZATION, format!("Bearer {secret}"));
+        }
         if let Some(key) = &self.idempotency {
             builder = builder.header(HeaderName::from_static(IDEMPOTENCY_HEADER), key);
         }

@@ -1,0 +1,244 @@
+//! Who is a member, and who of them votes. The state says which nodes there are; the leader makes the membership of Raft
+//! follow: a new node becomes a learner, learners that have caught up become voters, a removed node leaves.
+//!
+//! Level-triggered: each look compares what is with what shall be and does one step, so a new leader goes on where the old one
+//! stopped.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use openraft::type_config::async_runtime::watch::WatchReceiver;
+use openraft::{BasicNode, ChangeMembers, Instant, RaftMetrics};
+use tokio_util::sync::CancellationToken;
+
+use super::Consensus;
+use super::types::Types;
+use crate::state::{NodeId, NodeRecord, State};
+
+/// Most voters: more cost speed and gain nothing, since two of five may fail at once.
+pub const VOTERS_MAX: usize = 5;
+/// A learner has caught up when this many entries or fewer are missing.
+const LAG_MAX: u64 = 500;
+/// Time between two looks when nothing calls for one.
+const LOOK: Duration = Duration::from_millis(500);
+
+/// A step toward the membership that shall be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Step {
+    /// This node becomes a learner.
+    Add(NodeId),
+    /// These vote from now on, the other voters become learners.
+    Vote(BTreeSet<NodeId>),
+    /// These leave.
+    Remove(BTreeSet<NodeId>),
+}
+
+/// Members as they are.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Members {
+    /// Those that vote.
+    pub voters: BTreeSet<NodeId>,
+    /// All of them.
+    pub all: BTreeSet<NodeId>,
+    /// Learners and voters that lack few entries.
+    pub caught_up: BTreeSet<NodeId>,
+}
+
+/// Pure: the next step, if one is needed.
+pub fn next_step(state: &State, members: &Members) -> Option<Step> {
+    // A state without a cluster is one that has not been made yet.
+    state.cluster()?;
+    let nodes: BTreeMap<NodeId, &NodeRecord> = state.nodes().map(|node| (node.id, node.as_ref())).collect();
+    if let Some(new) = nodes.keys().find(|node| !members.all.contains(node)) {
+        return Some(Step::Add(*new));
+    }
+    let wanted = voters(&nodes, members);
+    if !wanted.is_empty() && wanted != members.voters {
+        return Some(Step::Vote(wanted));
+    }
+    let gone: BTreeSet<NodeId> = members.all.iter().filter(|node| !nodes.contains_key(node)).copied().collect();
+    (!gone.is_empty()).then_some(Step::Remove(gone))
+}
+
+/// An odd number of voters, at most five, spread over zones and then racks. Voters stay voters unless there is a reason: one
+/// was removed, there are too many, or a caught-up learner stands in a zone that has fewer voters by two.
+fn voters(nodes: &BTreeMap<NodeId, &NodeRecord>, members: &Members) -> BTreeSet<NodeId> {
+    let able = |id: &NodeId| members.voters.contains(id) || members.caught_up.contains(id);
+    let mut candidates: Vec<NodeId> = nodes.keys().copied().filter(able).collect();
+    let wanted = match candidates.len().min(VOTERS_MAX) {
+        0 => return BTreeSet::new(),
+        even if even.is_multiple_of(2) => even.saturating_sub(1),
+        odd => odd,
+    };
+    let mut chosen = BTreeSet::new();
+    while chosen.len() < wanted {
+        let load = |id: NodeId, label: &str| {
+            let place = |id: NodeId| nodes.get(&id).and_then(|node| node.labels.get(label));
+            chosen.iter().filter(|other| place(**other) == place(id)).count()
+        };
+        let best = candidates.iter().copied().min_by_key(|id| {
+            // Whoever votes already is preferred among equals, then the older node.
+            (load(*id, "zone"), load(*id, "rack"), !members.voters.contains(id), *id)
+        });
+        let Some(best) = best else { break };
+        candidates.retain(|id| *id != best);
+        chosen.insert(best);
+    }
+    chosen
+}
+
+fn members(metrics: &RaftMetrics<Types>) -> Members {
+    let membership = metrics.membership_config.membership();
+    let last = metrics.last_log_index.unwrap_or(0);
+    let near = |index: u64| last.saturating_sub(index) <= LAG_MAX;
+    let replication = metrics.replication.iter().flatten();
+    let caught_up = replication.filter_map(|(node, matched)| {
+        matched.as_ref().is_some_and(|id| near(id.index)).then_some(*node)
+    });
+    Members {
+        voters: membership.voter_ids().collect(),
+        all: membership.nodes().map(|(node, _)| *node).collect(),
+        caught_up: caught_up.chain([metrics.id]).collect(),
+    }
+}
+
+impl Consensus {
+    /// While this member leads, makes the membership follow the state. Runs until `stop`.
+    pub async fn keep_members(self, stop: CancellationToken) {
+        let mut revisions = self.replica.revisions();
+        loop {
+            let woken = async {
+                tokio::select! {
+                    changed = revisions.changed() => changed.is_ok(),
+                    () = tokio::time::sleep(LOOK) => true,
+                }
+            };
+            match stop.run_until_cancelled(woken).await {
+                Some(true) => {}
+                Some(false) | None => return,
+            }
+            if !self.leads() {
+                continue;
+            }
+            let present = members(&self.raft.metrics().borrow_watched());
+            let step = next_step(&self.replica.state(), &present);
+            let Some(step) = step else { continue };
+            tracing::info!(?step, "the membership changes");
+            let result = match step {
+                Step::Add(node) => {
+                    let address = self.replica.state().node(node).and_then(|record| record.address);
+                    let node_info = BasicNode { addr: address.map(|a| a.to_string()).unwrap_or_default() };
+                    self.raft.add_learner(node, node_info, false).await.map(drop)
+                }
+                Step::Vote(voters) => {
+                    self.raft.change_membership(ChangeMembers::ReplaceAllVoters(voters), true).await.map(drop)
+                }
+                Step::Remove(nodes) => {
+                    self.raft.change_membership(ChangeMembers::RemoveNodes(nodes), false).await.map(drop)
+                }
+            };
+            if let Err(error) = result {
+                tracing::warn!("the membership cannot be changed now: {error}");
+                // The next look decides anew.
+                stop.run_until_cancelled(tokio::time::sleep(LOOK)).await;
+            }
+        }
+    }
+
+    /// Hands leadership over to another voter; answers once this member no longer leads or the time is over.
+    ///
+    /// # Errors
+    /// A sentence when it cannot be.
+    pub async fn transfer(&self, to: NodeId, time: Duration) -> Result<(), String> {
+        if self.leader_id() == Some(to) {
+            return Ok(());
+        }
+        if !self.leads() {
+            return Err("this node does not lead".into());
+        }
+        if !self.raft.voter_ids().any(|voter| voter == to) {
+            return Err(format!("{} does not vote", self.name_of(to)));
+        }
+        self.raft.trigger().transfer_leader(to).await.map_err(|error| error.to_string())?;
+        let wait = self.raft.wait(Some(time)).metrics(|m| m.current_leader == Some(to), "hand over").await;
+        wait.map(drop).map_err(|error| error.to_string())
+    }
+
+    /// Which members vote, and the milliseconds since each answered the leader, as far as this member knows.
+    pub fn standing(&self) -> (BTreeSet<NodeId>, BTreeMap<NodeId, u64>) {
+        let metrics = self.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        let heard = metrics.heartbeat.iter().flatten().filter_map(|(node, at)| {
+            let age = at.as_ref()?.elapsed();
+            Some((*node, u64::try_from(age.as_millis()).unwrap_or(u64::MAX)))
+        });
+        (metrics.membership_config.membership().voter_ids().collect(), heard.collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::state::member::{JoinTokenRecord, MemberCommand, NodeFacts};
+    use crate::state::testing::Cluster;
+    use crate::state::Command;
+
+    /// A state with nodes 1.. in these zones.
+    fn state(zones: &[&str]) -> State {
+        let mut cluster = Cluster::new(16);
+        for (n, zone) in zones.iter().enumerate() {
+            let facts = NodeFacts {
+                name: format!("n{n}"),
+                address: None,
+                public_key: Some(format!("k{n}")),
+                labels: [("zone".to_owned(), (*zone).to_owned())].into(),
+                version: String::new(),
+                feature_level: 2,
+                trust_version: 1,
+            };
+            let command = if n == 0 {
+                MemberCommand::Announce { node: 1, facts: Box::new(facts) }
+            } else {
+                let token = JoinTokenRecord { sha256: format!("t{n}"), created_at_ms: 0, expires_at_ms: u64::MAX };
+                cluster.run(Command::Member(Box::new(MemberCommand::PutJoinToken(token)))).unwrap();
+                MemberCommand::Join { token: format!("t{n}"), facts: Box::new(facts) }
+            };
+            cluster.run(Command::Member(Box::new(command))).unwrap();
+        }
+        cluster.state
+    }
+
+    fn members(voters: &[NodeId], all: &[NodeId], caught_up: &[NodeId]) -> Members {
+        let set = |ids: &[NodeId]| ids.iter().copied().collect();
+        Members { voters: set(voters), all: set(all), caught_up: set(caught_up) }
+    }
+
+    #[test]
+    fn a_new_node_learns_first_and_votes_when_it_has_caught_up_and_the_number_is_odd() {
+        let state = state(&["a", "b", "c"]);
+        assert_eq!(next_step(&state, &members(&[1], &[1], &[1])), Some(Step::Add(2)));
+        assert_eq!(next_step(&state, &members(&[1], &[1, 2, 3], &[1])), None);
+        assert_eq!(next_step(&state, &members(&[1], &[1, 2, 3], &[1, 2])), None, "two voters are no better");
+        let three = Some(Step::Vote([1, 2, 3].into()));
+        assert_eq!(next_step(&state, &members(&[1], &[1, 2, 3], &[1, 2, 3])), three);
+        assert_eq!(next_step(&state, &members(&[1, 2, 3], &[1, 2, 3], &[1])), None, "a silent voter stays one");
+    }
+
+    #[test]
+    fn voters_stand_in_as_many_zones_as_there_are() {
+        let state = state(&["a", "a", "a", "b", "c", "b", "c"]);
+        let all: Vec<NodeId> = (1..=7).collect();
+        let step = next_step(&state, &members(&[1, 2, 3], &all, &all));
+        assert_eq!(step, Some(Step::Vote([1, 2, 4, 5, 6].into())));
+        assert_eq!(next_step(&state, &members(&[1, 2, 4, 5, 6], &all, &all)), None, "and stay there");
+    }
+
+    #[test]
+    fn a_removed_node_stops_voting_before_it_leaves() {
+        let state = state(&["a", "b", "c"]);
+        let present = members(&[1, 2, 9], &[1, 2, 3, 9], &[1, 2, 3]);
+        assert_eq!(next_step(&state, &present), Some(Step::Vote([1, 2, 3].into())));
+        let present = members(&[1, 2, 3], &[1, 2, 3, 9], &[1, 2, 3]);
+        assert_eq!(next_step(&state, &present), Some(Step::Remove([9].into())));
+    }
+}

@@ -1,0 +1,183 @@
+//! Questions to another member: each has a number, many are under way over one connection, answers come in any order.
+
+use std::collections::HashMap;
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use tokio::io::AsyncWriteExt;
+use tokio::sync::{mpsc, oneshot};
+
+use super::Peers;
+use super::frame::{self, Kind};
+use crate::raft::types::Types;
+use crate::state::{NodeId, Outcome, Proposal};
+
+/// Most questions under way to one member.
+pub const CALLS_MAX: usize = 1024;
+/// Frames that are collected before they are written.
+const WRITE_BYTES_MAX: usize = 256 << 10;
+
+/// What one member asks another.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Question {
+    /// For its vote.
+    Vote(openraft::raft::VoteRequest<Types>),
+    /// Whether it would give its vote.
+    PreVote(openraft::raft::VoteRequest<Types>),
+    /// To stand for election at once.
+    TransferLeader(openraft::raft::TransferLeaderRequest<Types>),
+    /// One append request, outside of a lane.
+    Append(openraft::raft::AppendEntriesRequest<Types>),
+    /// To propose a command, as the leader.
+    Propose(Box<Proposal>),
+    /// How far a linearizable read must have applied the log, as the leader.
+    ReadIndex,
+}
+
+/// What is answered to [`Question::Propose`].
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Proposed {
+    /// It was applied, as the entry with this index.
+    Applied {
+        /// Revision.
+        revision: u64,
+        /// What applying it answered.
+        outcome: Outcome,
+    },
+    /// The member does not lead; nothing was done.
+    NotLeader {
+        /// Who does, as far as it knows.
+        leader: Option<NodeId>,
+    },
+    /// The cluster does not know the command yet; nothing was done.
+    Level {
+        /// The feature level that it needs.
+        needs: u32,
+        /// The feature level of the cluster.
+        has: u32,
+    },
+    /// The member cannot say what became of it.
+    Stopped(String),
+}
+
+/// What is answered to [`Question::ReadIndex`].
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ReadIndex {
+    /// Index that must be applied before the read.
+    Applied(u64),
+    /// The member does not lead, or no longer.
+    NotLeader {
+        /// Who does, as far as it knows.
+        leader: Option<NodeId>,
+    },
+    /// The member cannot say.
+    Stopped(String),
+}
+
+type Answers = Arc<Mutex<HashMap<u64, oneshot::Sender<Vec<u8>>>>>;
+
+/// A connection for questions. It lives as long as the task that reads from it.
+#[derive(Clone)]
+struct Line {
+    frames: mpsc::Sender<Vec<u8>>,
+    answers: Answers,
+}
+
+/// Asks one member; connects when there is something to ask.
+pub struct Caller {
+    peers: Peers,
+    node: NodeId,
+    known: Option<String>,
+    line: tokio::sync::Mutex<Option<Line>>,
+    next: AtomicU64,
+}
+
+impl Caller {
+    pub(super) fn new(peers: Peers, node: NodeId, known: Option<String>) -> Self {
+        Self { peers, node, known, line: tokio::sync::Mutex::new(None), next: AtomicU64::new(1) }
+    }
+
+    /// Asks, and waits for the answer at most this long.
+    ///
+    /// # Errors
+    /// The member cannot be reached (`NotConnected`: nothing was sent), does not answer in time, or answers something else.
+    pub async fn ask<T: DeserializeOwned>(&self, question: &Question, time: Duration) -> io::Result<T> {
+        let content = serde_json::to_vec(question)?;
+        let ask = async {
+            let line = self.line().await?;
+            let number = self.next.fetch_add(1, Ordering::Relaxed);
+            let (answer, answered) = oneshot::channel();
+            {
+                let mut answers = line.answers.lock().unwrap_or_else(PoisonError::into_inner);
+                answers.retain(|_, waiting| !waiting.is_closed());
+                if answers.len() >= CALLS_MAX {
+                    return Err(io::Error::new(io::ErrorKind::WouldBlock, "too many questions under way"));
+                }
+                answers.insert(number, answer);
+            }
+            let mut bytes = Vec::with_capacity(content.len().saturating_add(16));
+            frame::put(&mut bytes, Kind::Call, number, |out| {
+                out.extend_from_slice(&content);
+                Ok(())
+            })?;
+            line.frames.send(bytes).await.map_err(|_| io::Error::from(io::ErrorKind::BrokenPipe))?;
+            answered.await.map_err(|_| io::Error::from(io::ErrorKind::ConnectionReset))
+        };
+        let answer = tokio::time::timeout(time, ask).await;
+        let answer = answer.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
+        Ok(serde_json::from_slice(&answer)?)
+    }
+
+    async fn line(&self) -> io::Result<Line> {
+        let mut line = self.line.lock().await;
+        if let Some(line) = line.as_ref().filter(|line| !line.frames.is_closed()) {
+            return Ok(line.clone());
+        }
+        let unreachable = |error: io::Error| io::Error::new(io::ErrorKind::NotConnected, error);
+        let stream = self.peers.connect(self.node, self.known.as_deref()).await.map_err(unreachable)?;
+        let (mut reader, mut writer) = tokio::io::split(stream);
+        let (frames, mut queue) = mpsc::channel::<Vec<u8>>(CALLS_MAX);
+        let answers = Answers::default();
+        let waiting = Arc::clone(&answers);
+        let write = async move {
+            while let Some(mut bytes) = queue.recv().await {
+                while bytes.len() < WRITE_BYTES_MAX {
+                    let Ok(more) = queue.try_recv() else { break };
+                    bytes.extend_from_slice(&more);
+                }
+                writer.write_all(&bytes).await?;
+                writer.flush().await?;
+            }
+            Ok::<(), io::Error>(())
+        };
+        let read = async move {
+            while let Some(frame) = frame::read(&mut reader).await? {
+                let mut answers = waiting.lock().unwrap_or_else(PoisonError::into_inner);
+                if let Some(answer) = answers.remove(&frame.number) {
+                    // Whoever asked may have given up.
+                    answer.send(frame.content).ok();
+                }
+            }
+            Ok::<(), io::Error>(())
+        };
+        let (node, ended) = (self.node, Arc::clone(&answers));
+        tokio::spawn(async move {
+            let result = tokio::select! { result = write => result, result = read => result };
+            if let Err(error) = result {
+                tracing::debug!(node, "the connection to another node ended: {error}");
+            }
+            // Everybody who waits is told by the end of the sender.
+            ended.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        });
+        let new = Line { frames, answers };
+        *line = Some(new.clone());
+        Ok(new)
+    }
+}

@@ -1,0 +1,73 @@
+//! The way to other members: frames over mutually authenticated TLS.
+//!
+//! * [`frame`]: length-prefixed frames, bounded
+//! * [`lane`]: append requests one after the other, answers in the same order, many under way
+//! * [`call`]: questions with answers, many at once over one connection
+//! * [`snapshot`]: a snapshot, record by record
+//! * [`client`]: what openraft sends through
+//! * [`server`]: what other members send
+//!
+//! To each member there is at most one connection for replication, one for heartbeats, one for questions and one while a
+//! snapshot is sent.
+
+pub mod call;
+pub mod client;
+pub mod frame;
+pub mod lane;
+pub mod server;
+pub mod snapshot;
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use self::call::Caller;
+use super::replica::Replica;
+use crate::auth::tls::{Outbound, Tls};
+use crate::state::NodeId;
+
+/// Where the other members are, and the connections for questions to them. Clones share them.
+#[derive(Clone)]
+pub struct Peers {
+    replica: Arc<Replica>,
+    tls: Option<Tls>,
+    callers: Arc<Mutex<HashMap<NodeId, Arc<Caller>>>>,
+}
+
+impl Peers {
+    /// The way to the members that this replica knows. Without keys there is none.
+    pub fn new(replica: Arc<Replica>, tls: Option<Tls>) -> Self {
+        Self { replica, tls, callers: Arc::default() }
+    }
+
+    /// The address of a member: where it said that it is, or else where it was when it became a member.
+    fn address(&self, node: NodeId, known: Option<&str>) -> std::io::Result<SocketAddr> {
+        let said = self.replica.state().node(node).and_then(|record| record.address);
+        said.or_else(|| known?.parse().ok()).ok_or_else(|| {
+            let text = format!("the address of node {node} is not known");
+            std::io::Error::new(std::io::ErrorKind::AddrNotAvailable, text)
+        })
+    }
+
+    async fn connect(&self, node: NodeId, known: Option<&str>) -> std::io::Result<Outbound> {
+        let tls = self.tls.as_ref().ok_or_else(|| {
+            std::io::Error::new(std::io::ErrorKind::NotConnected, "this node has no keys for other nodes")
+        })?;
+        tls.connect(node, self.address(node, known)?).await
+    }
+
+    /// Questions to a member. `known` is where it was when it became one.
+    pub fn caller(&self, node: NodeId, known: Option<&str>) -> Arc<Caller> {
+        let mut callers = self.callers.lock().unwrap_or_else(PoisonError::into_inner);
+        // Members leave for good; nobody else holds the way to one that has left.
+        callers.retain(|other, caller| *other == node || Arc::strong_count(caller) > 1 || self.knows(*other));
+        let caller = callers
+            .entry(node)
+            .or_insert_with(|| Arc::new(Caller::new(self.clone(), node, known.map(str::to_owned))));
+        Arc::clone(caller)
+    }
+
+    fn knows(&self, node: NodeId) -> bool {
+        self.replica.state().node(node).is_some()
+    }
+}
