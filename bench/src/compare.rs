@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde::Serialize;
 
-use crate::table::{TableError, machine, say, write};
+use crate::table::{TableError, machine, say, write_json};
 
 /// Why results cannot be stored.
 pub type CompareError = TableError;
@@ -148,7 +148,7 @@ impl Comparison {
         all.insert("title", self.title.as_str().into());
         all.insert("machine", machine().into());
         all.insert("rows", serde_json::to_value(&records).map_err(TableError::Encode)?);
-        write(&all, folder, name)
+        write_json(folder, name, &all)
     }
 }
 

@@ -2,12 +2,14 @@
 //!
 //! * [`boot`]: request → guest ready, split by step
 //! * [`vmm`]: the VMM beside Firecracker
+//! * [`raft`]: writes and reads of three voters, leader killed
 //! * [`table`], [`compare`]: samples, medians, tables, JSON
 #![forbid(unsafe_code)]
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing))]
 
 mod boot;
 mod compare;
+mod raft;
 mod table;
 mod vmm;
 
@@ -36,6 +38,8 @@ enum Bench {
     Vmm(vmm::Options),
     /// A stock kernel up to its init, beside Firecracker when it is given. Needs a /dev/kvm that runs Linux.
     Kernel(vmm::kernel::Options),
+    /// Three voters on this machine: durable writes, linearizable reads, leader killed. Starts them itself.
+    Raft(raft::Options),
 }
 
 fn main() -> ExitCode {
@@ -51,6 +55,7 @@ fn main() -> ExitCode {
         Bench::Kernel(options) => vmm::kernel::run(options, out)
             .and_then(|t| Ok(t.show_and_write(out, "kernel")?))
             .map_err(Into::into),
+        Bench::Raft(options) => raft::run(options, out).map_err(Into::into),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -89,7 +89,7 @@ impl Table {
         record.insert("title", self.title.as_str().into());
         record.insert("machine", machine().into());
         record.insert("rows", serde_json::to_value(&rows).map_err(TableError::Encode)?);
-        write(&record, folder, name)
+        write_json(folder, name, &record)
     }
 }
 
@@ -97,11 +97,7 @@ impl Table {
 ///
 /// # Errors
 /// The file cannot be written.
-pub fn write(
-    record: &BTreeMap<&str, serde_json::Value>,
-    folder: &Path,
-    name: &str,
-) -> Result<(), TableError> {
+pub fn write_json(folder: &Path, name: &str, record: &impl Serialize) -> Result<(), TableError> {
     let text = serde_json::to_string_pretty(record).map_err(TableError::Encode)?;
     let path = folder.join(format!("{name}.json"));
     let failed = |source| TableError::Write { path: path.clone(), source };
@@ -119,7 +115,7 @@ pub fn machine() -> String {
     format!("{cpus} x {}, Linux {}", model.trim_start_matches([' ', '\t', ':']), kernel.trim())
 }
 
-/// Prints a line of a table.
+/// Prints a line.
 #[expect(clippy::print_stdout, reason = "the table is what a benchmark is run for")]
 pub fn say(line: &str) {
     println!("{line}");

@@ -143,7 +143,8 @@ async fn start(
         tls: tls.clone(),
     };
     let consensus = Consensus::open(opening).await?;
-    if consensus.is_alone() {
+    let alone = tls.is_none() || consensus.is_alone();
+    if alone {
         consensus.recovered().await?;
         begin(&consensus, config).await?;
         if let (None, Some((address, bind))) = (&tls, config.address) {
@@ -191,7 +192,7 @@ async fn start(
         tasks.spawn(serve::serve(users, port::for_users(router.clone(), Arc::clone(&api)), parts.clone()));
         tracing::info!(address = %identity.address, node = identity.node, "other nodes and users are served");
     }
-    if !consensus.is_alone() && tokio::time::timeout(RECOVERY_MAX, consensus.recovered()).await.is_err() {
+    if !alone && tokio::time::timeout(RECOVERY_MAX, consensus.recovered()).await.is_err() {
         tracing::warn!("no leader confirms yet what this node has: it answers from what it knows");
     }
     Api::sweep(Arc::clone(&api)).await;

@@ -1,4 +1,4 @@
-//! Typed calls to a node over its Unix socket or plain HTTP.
+//! Typed calls to a node over its Unix socket, TLS with a token, or plain HTTP.
 //!
 //! Each call has a connection of its own (a local connect is far cheaper than what is asked for). A mutation carries an
 //! `Idempotency-Key`, so a call that a busy node refuses as retryable is repeated a few times without doing it twice.

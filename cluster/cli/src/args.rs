@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::units;
+use crate::{cluster, units};
 
 /// Private microVM cloud: `blixard run IMAGE` gives you a virtual machine with a kernel of its own.
 #[derive(Debug, Parser)]
@@ -25,10 +25,13 @@ pub struct Cli {
 /// Options of every command.
 #[derive(Debug, Clone, Args)]
 pub struct Global {
-    /// Address of the node: unix:///PATH or http://HOST:PORT
+    /// Address of the node: unix:///PATH, https://HOST:PORT with a token, or http://HOST:PORT
     #[arg(short = 'H', long, global = true, env = "BLIXARD_HOST", value_name = "URL",
         default_value = blixard_api::client::DEFAULT_HOST)]
     pub host: String,
+    /// Token for https:// (blixard token create NAME)
+    #[arg(long, global = true, env = "BLIXARD_TOKEN", value_name = "TOKEN", hide_env_values = true)]
+    pub token: Option<String>,
     /// Project
     #[arg(short, long, global = true, env = "BLIXARD_PROJECT", value_name = "NAME",
         default_value = blixard_api::DEFAULT_PROJECT)]
@@ -87,6 +90,17 @@ pub enum Command {
     /// Guest kernels: import, list, remove
     #[command(subcommand)]
     Kernel(Kernel),
+    /// The cluster: let others join, status, leadership, join tokens
+    #[command(subcommand)]
+    Cluster(cluster::Cluster),
+    /// Let this node leave its own empty cluster and join another one
+    Join(cluster::Join),
+    /// Nodes: list, show, cordon, remove
+    #[command(subcommand)]
+    Node(cluster::Node),
+    /// Tokens for the API over TLS: make, list, revoke
+    #[command(subcommand)]
+    Token(cluster::ApiTokens),
     /// Check this host, and say how to fix what is wrong
     Doctor(Doctor),
     /// Run a whole one-node cluster in the foreground (needs root)
@@ -462,6 +476,15 @@ mod tests {
             "kernel import --release 6.1.0",
             "kernel import --kernel k --modules m --name n",
             "kernel ls",
+            "cluster init --address 192.0.2.1:7440",
+            "cluster status -o json",
+            "cluster transfer-leader",
+            "cluster token create --ttl 10m",
+            "join blixard-join.x --address 192.0.2.2:7440",
+            "node ls -o wide",
+            "node rm a b",
+            "token create ci --ttl 30m",
+            "-H https://192.0.2.1:7440 --token t ps",
             "doctor --fix",
             "dev --state s --run r --keep",
             "dev -- make test",

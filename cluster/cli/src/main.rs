@@ -4,6 +4,7 @@
 
 mod args;
 mod change;
+mod cluster;
 mod console;
 mod dev;
 mod doctor;
@@ -25,7 +26,8 @@ mod upload;
 use std::process::ExitCode;
 
 use blixard_api::Client;
-use blixard_api::client::ClientError;
+use blixard_api::client::{ClientError, Host};
+use blixard_api::token::{ApiToken, NotAToken};
 use clap::{CommandFactory, Parser};
 
 use args::{Cli, Command, Format};
@@ -68,7 +70,14 @@ fn main() -> ExitCode {
 }
 
 async fn dispatch(cli: Cli, output: Output) -> Result<u8, CliError> {
-    let host = cli.global.host.parse().map_err(ClientError::from)?;
+    let mut host: Host = cli.global.host.parse().map_err(ClientError::from)?;
+    if let Some(text) = cli.global.token.filter(|_| matches!(host, Host::Https(..))) {
+        let token: ApiToken = text.parse().map_err(|error: NotAToken| CliError::Usage {
+            message: error.to_string(),
+            suggestion: "blixard token create NAME, on a node".into(),
+        })?;
+        host = host.with_access(token.0);
+    }
     let context = Context { client: Client::new(host), project: cli.global.project, output };
     match cli.command {
         Command::Run(options) => run::run(&context, *options).await,
@@ -83,6 +92,10 @@ async fn dispatch(cli: Cli, output: Output) -> Result<u8, CliError> {
         Command::Wait(options) => change::wait(&context, &options).await,
         Command::Image(command) => image::image(&context, command).await,
         Command::Kernel(command) => kernel::kernel(&context, command).await,
+        Command::Cluster(command) => cluster::cluster(&context, command).await,
+        Command::Join(options) => cluster::join(&context, options).await,
+        Command::Node(command) => cluster::node(&context, command).await,
+        Command::Token(command) => cluster::token(&context, command).await,
         Command::Doctor(options) => doctor::doctor(&context, &options).await,
         Command::Dev(options) => dev::dev(output, options).await,
         Command::Version => version(&context).await,

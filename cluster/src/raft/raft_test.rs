@@ -96,3 +96,122 @@ async fn many_proposals_share_flushes_and_each_gets_its_own_answer() {
     assert_eq!(names, expected);
     consensus.shutdown().await;
 }
+
+/// A log file as programs wrote it whose schema version was 1: entries as JSON.
+fn write_version_1(path: &Path, entries: &[types::Entry]) {
+    use redb::TableDefinition;
+    const LOG: TableDefinition<u64, &[u8]> = TableDefinition::new("log");
+    const META: TableDefinition<&str, &[u8]> = TableDefinition::new("meta");
+    let db = redb::Database::create(path).unwrap();
+    let transaction = db.begin_write().unwrap();
+    {
+        let mut log = transaction.open_table(LOG).unwrap();
+        for entry in entries {
+            let json = serde_json::to_vec(entry).unwrap();
+            log.insert(entry.log_id.index, json.as_slice()).unwrap();
+        }
+        let mut meta = transaction.open_table(META).unwrap();
+        meta.insert("schema", 1_u32.to_le_bytes().as_slice()).unwrap();
+    }
+    transaction.commit().unwrap();
+}
+
+fn entry(index: u64, payload: openraft::EntryPayload<types::Command, u64, BasicNode>) -> types::Entry {
+    use openraft::vote::RaftLeaderId;
+    let leader = types::LeaderId { term: 1, node_id: 1 }.to_committed();
+    types::Entry { log_id: openraft::LogId::new(leader, index), payload }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_log_of_the_former_schema_is_brought_to_the_present_one() {
+    use openraft::EntryPayload;
+    use openraft::storage::RaftLogReader;
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("log.redb");
+    let command = types::Command::new(proposal(Command::PutImage(Box::new(image("img"))))).unwrap();
+    let members = openraft::Membership::new_with_defaults(vec![[1].into()], []);
+    let entries = [
+        entry(0, EntryPayload::Membership(members)),
+        entry(1, EntryPayload::Blank),
+        entry(2, EntryPayload::Normal(command)),
+    ];
+    write_version_1(&path, &entries);
+    for _ in 0..2 {
+        let (mut log, closed) = LogStore::open(&path).unwrap();
+        assert_eq!(log.try_get_log_entries(..).await.unwrap(), entries);
+        drop(log);
+        closed.wait().await;
+    }
+}
+
+#[test]
+fn a_log_of_a_later_schema_is_left_alone() {
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("log.redb");
+    let db = redb::Database::create(&path).unwrap();
+    let transaction = db.begin_write().unwrap();
+    let meta = redb::TableDefinition::<&str, &[u8]>::new("meta");
+    transaction.open_table(meta).unwrap().insert("schema", 99_u32.to_le_bytes().as_slice()).unwrap();
+    transaction.commit().unwrap();
+    drop(db);
+    assert!(matches!(LogStore::open(&path), Err(LogError::Newer { found: 99 })));
+}
+
+/// A disk in memory that fails when told to.
+#[derive(Debug)]
+struct BadDisk {
+    memory: redb::backends::InMemoryBackend,
+    broken: Arc<std::sync::atomic::AtomicBool>,
+}
+
+impl BadDisk {
+    fn check(&self) -> std::io::Result<()> {
+        match self.broken.load(Ordering::SeqCst) {
+            true => Err(std::io::ErrorKind::StorageFull.into()),
+            false => Ok(()),
+        }
+    }
+}
+
+impl redb::StorageBackend for BadDisk {
+    fn len(&self) -> std::io::Result<u64> {
+        self.memory.len()
+    }
+
+    fn read(&self, offset: u64, out: &mut [u8]) -> std::io::Result<()> {
+        self.memory.read(offset, out)
+    }
+
+    fn set_len(&self, len: u64) -> std::io::Result<()> {
+        self.check()?;
+        self.memory.set_len(len)
+    }
+
+    fn sync_data(&self) -> std::io::Result<()> {
+        self.check()?;
+        self.memory.sync_data()
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> std::io::Result<()> {
+        self.check()?;
+        self.memory.write(offset, data)
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_counts_as_stored_when_the_disk_is_full() {
+    use openraft::EntryPayload;
+    use openraft::storage::{IOFlushed, RaftLogStorage};
+    use openraft::type_config::TypeConfigExt;
+    let broken = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let disk = BadDisk { memory: redb::backends::InMemoryBackend::new(), broken: Arc::clone(&broken) };
+    let (mut log, _) = LogStore::new(redb::Database::builder().create_with_backend(disk).unwrap()).unwrap();
+    let mut append = async |index| {
+        let (done, flushed) = Types::oneshot();
+        log.append([entry(index, EntryPayload::Blank)], IOFlushed::signal(done)).await.unwrap();
+        flushed.await.unwrap()
+    };
+    append(0).await.unwrap();
+    broken.store(true, Ordering::SeqCst);
+    assert!(append(1).await.is_err());
+}

@@ -5,6 +5,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use blixard_tests::sim_agent::{Manner, SimAgent};
@@ -17,7 +18,12 @@ pub const VMS: &str = "/v1/projects/default/vms";
 pub struct Node {
     pub folder: TempDir,
     process: Option<Child>,
+    name: String,
+    /// What the program is run by, and with.
+    wrapper: Vec<String>,
     arguments: Vec<String>,
+    /// What it logs.
+    log: Arc<Mutex<Vec<String>>>,
 }
 
 impl Node {
@@ -28,10 +34,31 @@ impl Node {
 
     /// A node without agent that is given these arguments too.
     pub fn with_arguments(arguments: &[&str]) -> Self {
-        let arguments = arguments.iter().map(|a| (*a).to_owned()).collect();
-        let mut node = Self { folder: TempDir::new().unwrap(), process: None, arguments };
+        Self::named("one", &[], arguments)
+    }
+
+    /// A node with this name, run by `wrapper`.
+    pub fn named(name: &str, wrapper: &[&str], arguments: &[&str]) -> Self {
+        let owned = |list: &[&str]| list.iter().map(|a| (*a).to_owned()).collect();
+        let mut node = Self {
+            folder: TempDir::new().unwrap(),
+            process: None,
+            name: name.to_owned(),
+            wrapper: owned(wrapper),
+            arguments: owned(arguments),
+            log: Arc::default(),
+        };
         node.start();
         node
+    }
+
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The lines that it has logged and that contain this.
+    pub fn logged(&self, text: &str) -> Vec<String> {
+        self.log.lock().unwrap().iter().filter(|line| line.contains(text)).cloned().collect()
     }
 
     /// A node with an agent, an image `img` and a kernel.
@@ -58,7 +85,9 @@ impl Node {
     pub fn start(&mut self) {
         let init = self.folder.path().join("init");
         std::fs::write(&init, b"an init program").unwrap();
-        let mut process = Command::new(env!("CARGO_BIN_EXE_blixard-node"))
+        let mut words = self.wrapper.iter().map(String::as_str).chain([env!("CARGO_BIN_EXE_blixard-node")]);
+        let mut process = Command::new(words.next().unwrap())
+            .args(words)
             .arg("--state")
             .arg(self.folder.path().join("state"))
             .arg("--agent")
@@ -67,7 +96,7 @@ impl Node {
             .arg(self.socket())
             .arg("--init")
             .arg(init)
-            .args(["--name", "one", "--snapshot-after", "50"])
+            .args(["--name", &self.name, "--snapshot-after", "50"])
             .args(&self.arguments)
             .stderr(Stdio::piped())
             .spawn()
@@ -81,7 +110,14 @@ impl Node {
         });
         assert!(ready, "the node ended: {log:#?}");
         // The rest is passed on, so that a failed test shows it.
-        std::thread::spawn(move || lines.map_while(Result::ok).for_each(|line| eprintln!("node: {line}")));
+        let (name, kept) = (self.name.clone(), Arc::clone(&self.log));
+        kept.lock().unwrap().extend(log);
+        std::thread::spawn(move || {
+            lines.map_while(Result::ok).for_each(|line| {
+                eprintln!("{name}: {line}");
+                kept.lock().unwrap().push(line);
+            });
+        });
         self.process = Some(process);
     }
 
@@ -90,6 +126,12 @@ impl Node {
         let mut process = self.process.take().unwrap();
         process.kill().unwrap();
         process.wait().unwrap();
+    }
+
+    /// Sends the process a signal.
+    pub fn signal(&self, signal: nix::sys::signal::Signal) {
+        let pid = nix::unistd::Pid::from_raw(i32::try_from(self.pid()).unwrap());
+        nix::sys::signal::kill(pid, signal).unwrap();
     }
 
     /// SIGTERM; answers whether the process ended with success.

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use tokio::io::AsyncWriteExt;
 use tokio::sync::{mpsc, oneshot};
 
-use super::Peers;
+use super::Dialer;
 use super::frame::{self, Kind};
 use crate::raft::types::Types;
 use crate::state::{NodeId, Outcome, Proposal};
@@ -92,7 +92,7 @@ struct Line {
 
 /// Asks one member; connects when there is something to ask.
 pub struct Caller {
-    peers: Peers,
+    dialer: Dialer,
     node: NodeId,
     known: Option<String>,
     line: tokio::sync::Mutex<Option<Line>>,
@@ -100,8 +100,8 @@ pub struct Caller {
 }
 
 impl Caller {
-    pub(super) fn new(peers: Peers, node: NodeId, known: Option<String>) -> Self {
-        Self { peers, node, known, line: tokio::sync::Mutex::new(None), next: AtomicU64::new(1) }
+    pub(super) fn new(dialer: Dialer, node: NodeId, known: Option<String>) -> Self {
+        Self { dialer, node, known, line: tokio::sync::Mutex::new(None), next: AtomicU64::new(1) }
     }
 
     /// Asks, and waits for the answer at most this long.
@@ -141,7 +141,7 @@ impl Caller {
             return Ok(line.clone());
         }
         let unreachable = |error: io::Error| io::Error::new(io::ErrorKind::NotConnected, error);
-        let stream = self.peers.connect(self.node, self.known.as_deref()).await.map_err(unreachable)?;
+        let stream = self.dialer.connect(self.node, self.known.as_deref()).await.map_err(unreachable)?;
         let (mut reader, mut writer) = tokio::io::split(stream);
         let (frames, mut queue) = mpsc::channel::<Vec<u8>>(CALLS_MAX);
         let answers = Answers::default();

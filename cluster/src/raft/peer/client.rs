@@ -41,7 +41,7 @@ impl RaftNetworkFactory<Types> for Peers {
     type Network = Peer;
 
     async fn new_client(&mut self, target: NodeId, node: &BasicNode) -> Peer {
-        let lane = Lane::new(self.clone(), target, node.addr.clone());
+        let lane = Lane::new(self.dialer.clone(), target, node.addr.clone());
         Peer { peers: self.clone(), node: target, known: node.addr.clone(), lane }
     }
 }
@@ -122,7 +122,7 @@ impl RaftNetworkV2<Types> for Peer {
         _: RPCOption,
     ) -> Result<SnapshotResponse<Types>, StreamingError<Types>> {
         let unreachable = |error: &io::Error| StreamingError::Unreachable(Unreachable::new(error));
-        let connected = self.peers.connect(self.node, Some(&self.known)).await;
+        let connected = self.peers.dialer.connect(self.node, Some(&self.known)).await;
         let mut stream = connected.map_err(|error| unreachable(&error))?;
         let begin = Begin { vote, meta: snapshot.meta };
         match snapshot::send(&mut stream, &begin, snapshot.snapshot, cancel).await {

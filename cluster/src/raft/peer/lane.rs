@@ -12,7 +12,7 @@ use openraft::raft::{AppendEntriesRequest, StreamAppendResult};
 use tokio::io::AsyncWriteExt;
 use tokio::sync::mpsc;
 
-use super::Peers;
+use super::Dialer;
 use super::frame::{self, Frame, Kind};
 use crate::raft::codec::{self, Reader};
 use crate::raft::types::Types;
@@ -37,7 +37,7 @@ struct Line {
 
 /// Append requests to one member; connects when there is something to send.
 pub struct Lane {
-    peers: Peers,
+    dialer: Dialer,
     node: NodeId,
     known: String,
     line: Option<Line>,
@@ -48,8 +48,8 @@ fn gone() -> io::Error {
 }
 
 impl Lane {
-    pub(super) fn new(peers: Peers, node: NodeId, known: String) -> Self {
-        Self { peers, node, known, line: None }
+    pub(super) fn new(dialer: Dialer, node: NodeId, known: String) -> Self {
+        Self { dialer, node, known, line: None }
     }
 
     /// A connection that works, as far as is known.
@@ -58,7 +58,7 @@ impl Lane {
             return Ok(());
         }
         self.line = None;
-        let stream = self.peers.connect(self.node, Some(&self.known)).await?;
+        let stream = self.dialer.connect(self.node, Some(&self.known)).await?;
         let (mut reader, mut writer) = tokio::io::split(stream);
         let (frames, mut queue) = mpsc::channel::<Vec<u8>>(64);
         // Bounded by the requests: one answer for each.

@@ -26,20 +26,21 @@ use super::replica::Replica;
 use crate::auth::tls::{Outbound, Tls};
 use crate::state::NodeId;
 
-/// Where the other members are, and the connections for questions to them. Clones share them.
+/// Connects to other members.
 #[derive(Clone)]
-pub struct Peers {
+pub struct Dialer {
     replica: Arc<Replica>,
     tls: Option<Tls>,
+}
+
+/// The way to other members: new connections, and those for questions. Clones share them.
+#[derive(Clone)]
+pub struct Peers {
+    dialer: Dialer,
     callers: Arc<Mutex<HashMap<NodeId, Arc<Caller>>>>,
 }
 
-impl Peers {
-    /// The way to the members that this replica knows. Without keys there is none.
-    pub fn new(replica: Arc<Replica>, tls: Option<Tls>) -> Self {
-        Self { replica, tls, callers: Arc::default() }
-    }
-
+impl Dialer {
     /// The address of a member: where it said that it is, or else where it was when it became a member.
     fn address(&self, node: NodeId, known: Option<&str>) -> std::io::Result<SocketAddr> {
         let said = self.replica.state().node(node).and_then(|record| record.address);
@@ -56,18 +57,27 @@ impl Peers {
         tls.connect(node, self.address(node, known)?).await
     }
 
+    fn knows(&self, node: NodeId) -> bool {
+        self.replica.state().node(node).is_some()
+    }
+}
+
+impl Peers {
+    /// The way to the members that this replica knows. Without keys there is none.
+    pub fn new(replica: Arc<Replica>, tls: Option<Tls>) -> Self {
+        Self { dialer: Dialer { replica, tls }, callers: Arc::default() }
+    }
+
     /// Questions to a member. `known` is where it was when it became one.
     pub fn caller(&self, node: NodeId, known: Option<&str>) -> Arc<Caller> {
         let mut callers = self.callers.lock().unwrap_or_else(PoisonError::into_inner);
         // Members leave for good; nobody else holds the way to one that has left.
-        callers.retain(|other, caller| *other == node || Arc::strong_count(caller) > 1 || self.knows(*other));
+        callers.retain(|other, caller| {
+            *other == node || Arc::strong_count(caller) > 1 || self.dialer.knows(*other)
+        });
         let caller = callers
             .entry(node)
-            .or_insert_with(|| Arc::new(Caller::new(self.clone(), node, known.map(str::to_owned))));
+            .or_insert_with(|| Arc::new(Caller::new(self.dialer.clone(), node, known.map(str::to_owned))));
         Arc::clone(caller)
-    }
-
-    fn knows(&self, node: NodeId) -> bool {
-        self.replica.state().node(node).is_some()
     }
 }
