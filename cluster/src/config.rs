@@ -225,7 +225,8 @@ impl Options {
 fn labels(texts: &[String]) -> Result<BTreeMap<String, String>, ConfigError> {
     let form = "KEY=VALUE of at most 63 letters, digits, hyphens, dots and underscores each is needed";
     let plain = |text: &str| {
-        (1..=63).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._".contains(&b))
+        (1..=63).contains(&text.len())
+            && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._".contains(&b))
     };
     let pair = |text: &String| {
         let pair = text.split_once('=').filter(|(key, value)| plain(key) && plain(value));
@@ -301,7 +302,13 @@ mod tests {
         let path = file.display().to_string();
         let error = Options::parse_from(["blixard-node", "--config", &path]).complete().unwrap_err();
         assert!(crate::host::chain(&error).contains("nmae"), "{error:?}");
-        for (name, value) in [("--socket-mode", "999"), ("--name", "A b"), ("--network-v4", "10.0.0.1/31"), ("--label", "zone"), ("--join", "x")] {
+        for (name, value) in [
+            ("--socket-mode", "999"),
+            ("--name", "A b"),
+            ("--network-v4", "10.0.0.1/31"),
+            ("--label", "zone"),
+            ("--join", "x"),
+        ] {
             assert!(Options::parse_from(["blixard-node", name, value]).complete().is_err(), "{name} {value}");
         }
     }

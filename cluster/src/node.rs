@@ -262,7 +262,8 @@ pub async fn found(
         }
     };
     let (key_pem, public) = new_key().map_err(wrong)?;
-    let certificate = authority::certify(&trust, node, &public, clock::now_ms(), NODE_VALID).map_err(wrong)?;
+    let certificate =
+        authority::certify(&trust, node, &public, clock::now_ms(), NODE_VALID).map_err(wrong)?;
     Ok(Keys {
         identity: Identity { cluster: trust.cluster.clone(), node, address, bind },
         key_pem,

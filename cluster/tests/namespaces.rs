@@ -92,7 +92,8 @@ fn written(socket: &std::path::Path, number: u128) -> bool {
     let Ok(mut stream) = UnixStream::connect(socket) else { return false };
     stream.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
     let length = body.len();
-    let head = format!("POST {VMS} HTTP/1.1\r\nHost: n\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n");
+    let head =
+        format!("POST {VMS} HTTP/1.1\r\nHost: n\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n");
     let mut answer = String::new();
     stream.write_all(head.as_bytes()).is_ok()
         && stream.write_all(body.as_bytes()).is_ok()
@@ -143,7 +144,12 @@ fn a_cluster_works_on_while_one_node_is_cut_off_and_comes_together_when_it_is_ba
             });
         }
         let count = |since: Option<Instant>| {
-            acknowledged.lock().unwrap().iter().filter(|(_, at)| since.is_none_or(|since| *at > since)).count()
+            acknowledged
+                .lock()
+                .unwrap()
+                .iter()
+                .filter(|(_, at)| since.is_none_or(|since| *at > since))
+                .count()
         };
         nodes[0].until("writes go through", || count(None) > 20);
         hosts.link(cut + 1, "down");

@@ -306,7 +306,7 @@ fn baseline(path: &str) -> Result<CpuBaseline, ExitReason> {
 }
 
 /// A TAP on the command line: `NAME[,QUEUES][,vhost]`.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct TapOption {
     name: String,
     queues: u8,

@@ -34,7 +34,8 @@ impl Http {
     fn exchange(&mut self, method: &str, path: &str, body: &[u8]) -> std::io::Result<(u16, Vec<u8>)> {
         let length = body.len();
         let mut text =
-            format!("{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n").into_bytes();
+            format!("{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n")
+                .into_bytes();
         text.extend_from_slice(body);
         self.0.get_mut().write_all(&text)?;
         let (mut status, mut length) = (0, 0);
@@ -111,7 +112,8 @@ impl Node {
     }
 
     fn get(&self, path: &str) -> Option<Value> {
-        let (status, body) = Http::connect(self.api, Duration::from_secs(2)).ok()?.ask("GET", path, &[]).ok()?;
+        let (status, body) =
+            Http::connect(self.api, Duration::from_secs(2)).ok()?.ask("GET", path, &[]).ok()?;
         (status == 200).then(|| serde_json::from_slice(&body).ok())?
     }
 
@@ -212,14 +214,20 @@ impl System for Blixard {
                 (status.get("voters")?.as_array()?.len() == 3).then_some(())
             })?;
         }
-        let mut cluster = Self { leader: nodes.first().map(|node| node.api).unwrap_or_else(|| ([127, 0, 0, 1], 0).into()), nodes };
+        let mut cluster = Self {
+            leader: nodes.first().map(|node| node.api).unwrap_or_else(|| ([127, 0, 0, 1], 0).into()),
+            nodes,
+        };
         cluster.find_leader()?;
         let (image, kernel) = content();
         let mut http = Http::connect(cluster.leader, Duration::from_secs(30))?;
         for (path, body) in [("/v1/images?name=img", image), ("/v1/kernels?name=default", kernel)] {
             let (status, answer) = http.ask("POST", path, &body)?;
             if status != 201 {
-                return Err(RaftError::Wrong(format!("{path}: {status} {}", String::from_utf8_lossy(&answer))));
+                return Err(RaftError::Wrong(format!(
+                    "{path}: {status} {}",
+                    String::from_utf8_lossy(&answer)
+                )));
             }
         }
         Ok(cluster)
@@ -313,7 +321,9 @@ impl Member for Blixard {
     fn caught_up(&self, at: usize) -> Result<(), RaftError> {
         let applied = |node: &Node| node.get("/v1/cluster?linearizable=true")?.get("applied")?.as_u64();
         let wanted = until("a node answers", || self.nodes.iter().find_map(applied))?;
-        until("a node has caught up", || applied(self.nodes.get(at)?).filter(|applied| *applied >= wanted).map(drop))
+        until("a node has caught up", || {
+            applied(self.nodes.get(at)?).filter(|applied| *applied >= wanted).map(drop)
+        })
     }
 
     fn create(&self, at: usize, number: u64, time: Duration) -> Result<(), RaftError> {

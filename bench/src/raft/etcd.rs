@@ -117,7 +117,8 @@ impl Grpc {
             }
         }
         let mut content = vec![0];
-        content.extend_from_slice(&u32::try_from(message.len()).map_err(std::io::Error::other)?.to_be_bytes());
+        content
+            .extend_from_slice(&u32::try_from(message.len()).map_err(std::io::Error::other)?.to_be_bytes());
         content.extend_from_slice(message);
         let mut request = Vec::new();
         frame(1, 0x4, id, &head, &mut request);
@@ -225,7 +226,8 @@ impl System for Etcd {
         for n in 1..=3 {
             addresses.push((format!("e{n}"), free()?, free()?));
         }
-        let all: Vec<String> = addresses.iter().map(|(name, peer, _)| format!("{name}=http://{peer}")).collect();
+        let all: Vec<String> =
+            addresses.iter().map(|(name, peer, _)| format!("{name}=http://{peer}")).collect();
         let mut members = Vec::new();
         for (name, peer, client) in &addresses {
             let folder = work.join(name);

@@ -73,7 +73,8 @@ impl Failover {
 }
 
 fn signal(pid: Option<u32>, signal: Signal) -> Result<(), RaftError> {
-    let pid = pid.and_then(|pid| i32::try_from(pid).ok()).ok_or_else(|| RaftError::Wrong("no process".into()))?;
+    let pid =
+        pid.and_then(|pid| i32::try_from(pid).ok()).ok_or_else(|| RaftError::Wrong("no process".into()))?;
     kill(Pid::from_raw(pid), signal).map_err(|error| RaftError::Wrong(error.to_string()))
 }
 
@@ -85,7 +86,8 @@ pub fn kills<S: System + Member>(options: &Options, programs: &Path) -> Result<F
     for _ in 0..options.kills {
         let leader = system.leader()?;
         let pid = system.pid(leader);
-        let (stop, acknowledged) = (AtomicBool::new(false), Mutex::new(Vec::<(u64, Instant, Instant)>::new()));
+        let (stop, acknowledged) =
+            (AtomicBool::new(false), Mutex::new(Vec::<(u64, Instant, Instant)>::new()));
         let known = || acknowledged.lock().map(|list| list.clone()).unwrap_or_default();
         let killed = std::thread::scope(|scope| {
             for writer in 0..WRITERS {
@@ -120,7 +122,11 @@ pub fn kills<S: System + Member>(options: &Options, programs: &Path) -> Result<F
             let after = wait(&|| known().iter().filter(|(_, begun, _)| *begun > killed).count() >= WRITES);
             stop.store(true, Ordering::Relaxed);
             dead?;
-            if before && after { Ok(killed) } else { Err(RaftError::Late("writes around a killed leader".into())) }
+            if before && after {
+                Ok(killed)
+            } else {
+                Err(RaftError::Late("writes around a killed leader".into()))
+            }
         })?;
         let list = known();
         let first = list.iter().filter(|(_, begun, _)| *begun > killed).map(|(_, _, done)| *done).min();

@@ -53,7 +53,11 @@ pub fn run(clients: Vec<impl Client>, write: bool, time: Duration) -> Result<Run
                     while Instant::now() < end {
                         let asked = Instant::now();
                         number += 1;
-                        if write { client.write(number)? } else { client.read()? }
+                        if write {
+                            client.write(number)?
+                        } else {
+                            client.read()?
+                        }
                         times.push(asked.elapsed());
                     }
                     Ok(times)

@@ -129,7 +129,10 @@ fn measure<S: System>(options: &Options, programs: &Path, rows: &mut Vec<Row>) -
             let run = load::run(members?, write, time)?;
             say(&format!(
                 "  {:8} {what:5} {clients:4} clients: {:8.0}/s, p50 {:.2} ms, p99 {:.2} ms",
-                S::NAME, run.rate, run.p50_ms, run.p99_ms
+                S::NAME,
+                run.rate,
+                run.p50_ms,
+                run.p99_ms
             ));
             match rows.iter_mut().find(|r| (r.system, r.what, r.clients) == (S::NAME, what, *clients)) {
                 Some(row) => row.runs.push(run),
@@ -162,7 +165,9 @@ pub fn run(options: &Options, out: &Path) -> Result<(), RaftError> {
     for row in &rows {
         let rate = row.median(|run| run.rate);
         let other = rows.iter().find(|r| {
-            (r.what, r.clients) == (row.what, row.clients) && r.system != row.system && row.system == Blixard::NAME
+            (r.what, r.clients) == (row.what, row.clients)
+                && r.system != row.system
+                && row.system == Blixard::NAME
         });
         let ratio = other.map(|other| rate / other.median(|run| run.rate));
         let (low, high) = row.runs.iter().fold((f64::MAX, 0_f64), |(l, h), r| (l.min(r.rate), h.max(r.rate)));

@@ -83,10 +83,12 @@ impl FromStr for JoinToken {
     fn from_str(text: &str) -> Result<Self, NotAToken> {
         let parse = || {
             let text = text.trim();
-            let mut parts = text.strip_prefix("blixard-join.").filter(|_| text.len() <= TEXT_MAX)?.splitn(5, '.');
+            let mut parts =
+                text.strip_prefix("blixard-join.").filter(|_| text.len() <= TEXT_MAX)?.splitn(5, '.');
             let access = access(&mut parts)?;
             let expires_at_ms = u64::from_str_radix(parts.next()?, 16).ok()?;
-            let addresses: Option<Vec<SocketAddr>> = parts.next()?.split(',').map(|a| a.parse().ok()).collect();
+            let addresses: Option<Vec<SocketAddr>> =
+                parts.next()?.split(',').map(|a| a.parse().ok()).collect();
             let addresses = addresses.filter(|list| list.len() <= ADDRESSES_MAX)?;
             Some(Self { access, expires_at_ms, addresses })
         };
@@ -141,7 +143,8 @@ mod tests {
 
     #[test]
     fn what_is_no_token_is_refused() {
-        let join = JoinToken { access: access(), expires_at_ms: 1, addresses: vec!["192.0.2.1:1".parse().unwrap()] };
+        let join =
+            JoinToken { access: access(), expires_at_ms: 1, addresses: vec!["192.0.2.1:1".parse().unwrap()] };
         let text = join.to_string();
         for wrong in [
             String::new(),

@@ -230,7 +230,10 @@ fn show_status(context: &Context, status: &ClusterStatus) -> Result<(), CliError
         status.feature_level.to_string()
     };
     for (what, value) in [
-        ("cluster", status.cluster.clone().unwrap_or_else(|| "of one node; cluster init lets others join".into())),
+        (
+            "cluster",
+            status.cluster.clone().unwrap_or_else(|| "of one node; cluster init lets others join".into()),
+        ),
         ("leader", status.leader.clone().unwrap_or_else(none)),
         ("voters", status.voters.join(", ")),
         ("nodes", status.nodes.to_string()),
@@ -294,9 +297,9 @@ async fn list_tokens(context: &Context, kind: &str) -> Result<u8, CliError> {
         let now = now_ms();
         let mut table = Table::new(&["NAME", "AGE", "ENDS IN"]);
         for token in &page.items {
-            let ends = token.expires_at_ms.map(|end| {
-                if end <= now { "over".to_owned() } else { show_age(end.saturating_sub(now)) }
-            });
+            let ends = token
+                .expires_at_ms
+                .map(|end| if end <= now { "over".to_owned() } else { show_age(end.saturating_sub(now)) });
             let age = show_age(now.saturating_sub(token.created_at_ms));
             table.row(vec![token.name.clone(), age, ends.unwrap_or_else(|| "never".into())]);
         }

@@ -6,7 +6,9 @@ use axum::extract::{Path, Request, State};
 use axum::http::{StatusCode, header};
 use axum::response::Response;
 use blixard_api::check_name;
-use blixard_api::cluster::{Admission, Applicant, ClusterStatus, InitCluster, JoinCluster, RaiseLevel, TransferLeader};
+use blixard_api::cluster::{
+    Admission, Applicant, ClusterStatus, InitCluster, JoinCluster, RaiseLevel, TransferLeader,
+};
 use blixard_api::token::JoinToken;
 
 use super::error::Failure;
@@ -97,7 +99,9 @@ async fn check_address(address: std::net::SocketAddr, bind: std::net::SocketAddr
     // Found out now rather than after everything was ended.
     match tokio::net::TcpListener::bind(bind).await {
         Ok(_) => Ok(()),
-        Err(error) => Err(Failure::field("address", "bad_format", format!("cannot listen at {bind}: {error}"))),
+        Err(error) => {
+            Err(Failure::field("address", "bad_format", format!("cannot listen at {bind}: {error}")))
+        }
     }
 }
 
@@ -180,7 +184,9 @@ async fn rotate(api: &Api, request: Request) -> Result<Response, Failure> {
     let trust = api.consensus.replica().state().trust().cloned();
     let trust = trust.ok_or_else(|| Failure::conflict("this cluster has no authority yet"))?;
     if trust.authorities.len() > 1 {
-        return Err(Failure::conflict("a change of the authority is under way").suggest("blixard cluster status"));
+        return Err(
+            Failure::conflict("a change of the authority is under way").suggest("blixard cluster status")
+        );
     }
     let next = authority::make(&trust.cluster, clock::now_ms()).map_err(|error| auth_failure(&error))?;
     let mut changed = trust.as_ref().clone();
@@ -223,7 +229,8 @@ pub async fn act_on_this(
                 .suggest("remove it there and begin with an empty state folder"));
         }
         if state.vm_count() > 0 {
-            return Err(Failure::conflict("this node has VMs, which it would forget").suggest("blixard rm them first"));
+            return Err(Failure::conflict("this node has VMs, which it would forget")
+                .suggest("blixard rm them first"));
         }
     }
     check_address(wanted.address, bind).await?;
@@ -261,14 +268,19 @@ impl Api {
         let state = self.consensus.replica().state();
         ClusterStatus {
             cluster: state.trust().map(|trust| trust.cluster.clone()),
-            leader: self.consensus.leader_id().map(|id| {
-                state.node(id).map_or_else(|| format!("number {id}"), |node| node.name.clone())
-            }),
+            leader: self
+                .consensus
+                .leader_id()
+                .map(|id| state.node(id).map_or_else(|| format!("number {id}"), |node| node.name.clone())),
             term: numbers.term,
             feature_level: state.cluster().map_or(0, |cluster| cluster.feature_level),
             feature_level_known: FEATURE_LEVEL,
             nodes: state.nodes().count(),
-            voters: state.nodes().filter(|node| voters.contains(&node.id)).map(|node| node.name.clone()).collect(),
+            voters: state
+                .nodes()
+                .filter(|node| voters.contains(&node.id))
+                .map(|node| node.name.clone())
+                .collect(),
             rotating: state.trust().is_some_and(|trust| trust.authorities.len() > 1),
             applied: numbers.applied,
             last_log: numbers.last_log,

@@ -53,7 +53,8 @@ fn content_answer(status: StatusCode, revision: u64, done: Answer) -> Result<Res
 
 /// `GET /v1/images`
 pub async fn list_images(State(api): State<Shared>, request: Request) -> Result<Response, Failure> {
-    let parameters = Parameters::of(request.uri(), &["limit", "cursor", "linearizable", "min_revision", "timeout_ms"])?;
+    let parameters =
+        Parameters::of(request.uri(), &["limit", "cursor", "linearizable", "min_revision", "timeout_ms"])?;
     api.at_least(&parameters).await?;
     let (limit, after) = (limit(&parameters)?, cursor(&parameters)?);
     let state = api.consensus.replica().state();
@@ -64,7 +65,8 @@ pub async fn list_images(State(api): State<Shared>, request: Request) -> Result<
 
 /// `GET /v1/kernels`
 pub async fn list_kernels(State(api): State<Shared>, request: Request) -> Result<Response, Failure> {
-    let parameters = Parameters::of(request.uri(), &["limit", "cursor", "linearizable", "min_revision", "timeout_ms"])?;
+    let parameters =
+        Parameters::of(request.uri(), &["limit", "cursor", "linearizable", "min_revision", "timeout_ms"])?;
     api.at_least(&parameters).await?;
     let (limit, after) = (limit(&parameters)?, cursor(&parameters)?);
     let state = api.consensus.replica().state();

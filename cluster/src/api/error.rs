@@ -150,7 +150,9 @@ impl From<ProposeError> for Failure {
     fn from(error: ProposeError) -> Self {
         let failure = Self::unavailable(error.to_string());
         match error {
-            ProposeError::NotLeader { .. } => failure.suggest("try again; blixard cluster status shows who leads"),
+            ProposeError::NotLeader { .. } => {
+                failure.suggest("try again; blixard cluster status shows who leads")
+            }
             ProposeError::Unknown(_) => failure.suggest("try again: repeating the request does it once"),
             ProposeError::Level { .. } => Self::conflict(error.to_string())
                 .suggest("install the new version on all nodes, then: blixard cluster raise-level"),
@@ -174,7 +176,9 @@ impl From<Refusal> for Failure {
             Refusal::NoNetwork(_) => Self::field("spec.network", "not_found", text),
             Refusal::NoNode(_) => Self::not_found(text).suggest("blixard node ls lists the nodes"),
             Refusal::NoToken => Self::denied(text).suggest("make a new one: blixard cluster token create"),
-            Refusal::TokenExpired => Self::denied(text).suggest("make a new one: blixard cluster token create"),
+            Refusal::TokenExpired => {
+                Self::denied(text).suggest("make a new one: blixard cluster token create")
+            }
             Refusal::TooManyTokens(_) | Refusal::TooManyNodes(_) => Self::no_capacity(text),
             Refusal::NodeNameTaken(_) => Self::conflict(text).suggest("give the node another name: --name"),
             Refusal::LastNode => Self::conflict(text),

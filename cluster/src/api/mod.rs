@@ -162,6 +162,12 @@ async fn finish(
     response
 }
 
+/// A refusal before the routes are reached, written out.
+fn refused(failure: Failure) -> Response {
+    let Failure { status, body } = failure;
+    json(status, &ApiError { request_id: request_id(), ..*body })
+}
+
 /// A ULID. Unpredictability is not needed, uniqueness is: the random part is a keyed hash of a counter.
 fn request_id() -> String {
     use std::hash::{BuildHasher, RandomState};

@@ -65,7 +65,11 @@ pub async fn act(State(api): State<Shared>, Path(word): Path<String>, uri: Uri) 
 }
 
 /// `DELETE /v1/nodes/{name}`
-pub async fn delete(State(api): State<Shared>, Path(name): Path<String>, uri: Uri) -> Result<Response, Failure> {
+pub async fn delete(
+    State(api): State<Shared>,
+    Path(name): Path<String>,
+    uri: Uri,
+) -> Result<Response, Failure> {
     Parameters::of(&uri, &[])?;
     let node = api.node_id(&name)?;
     api.change_node(MemberCommand::Remove { node }).await
@@ -135,7 +139,11 @@ pub async fn create_join_token(State(api): State<Shared>, request: Request) -> R
     let wanted = wanted(request).await?;
     let ttl = wanted.ttl_ms.unwrap_or(JOIN_TTL_MS);
     if !(1000..=JOIN_TTL_MS_MAX).contains(&ttl) {
-        return Err(Failure::field("ttl_ms", "out_of_range", format!("1000 to {JOIN_TTL_MS_MAX} are possible")));
+        return Err(Failure::field(
+            "ttl_ms",
+            "out_of_range",
+            format!("1000 to {JOIN_TTL_MS_MAX} are possible"),
+        ));
     }
     let secret = random_hex().map_err(|error| Failure::internal(chain(&error)))?;
     let access = api.access(secret)?;
@@ -223,7 +231,10 @@ pub async fn list_api_tokens(State(api): State<Shared>, uri: Uri) -> Result<Resp
 }
 
 /// `DELETE /v1/join-tokens/{name}`
-pub async fn delete_join_token(State(api): State<Shared>, Path(name): Path<String>) -> Result<Response, Failure> {
+pub async fn delete_join_token(
+    State(api): State<Shared>,
+    Path(name): Path<String>,
+) -> Result<Response, Failure> {
     if name.len() < DIGEST_NAME {
         return Err(no_token(&name));
     }
@@ -231,12 +242,16 @@ pub async fn delete_join_token(State(api): State<Shared>, Path(name): Path<Strin
 }
 
 /// `DELETE /v1/tokens/{name}`
-pub async fn delete_api_token(State(api): State<Shared>, Path(name): Path<String>) -> Result<Response, Failure> {
+pub async fn delete_api_token(
+    State(api): State<Shared>,
+    Path(name): Path<String>,
+) -> Result<Response, Failure> {
     delete_token(&api, &name, MemberCommand::DeleteApiToken { name: name.clone() }).await
 }
 
 fn no_token(name: &str) -> Failure {
-    Failure::not_found(format!("there is no token {name:?}")).suggest("blixard token ls, blixard cluster token ls")
+    Failure::not_found(format!("there is no token {name:?}"))
+        .suggest("blixard token ls, blixard cluster token ls")
 }
 
 async fn delete_token(api: &Api, name: &str, command: MemberCommand) -> Result<Response, Failure> {

@@ -9,7 +9,7 @@ use axum::Router;
 use axum::extract::{Request, State};
 use axum::http::header;
 use axum::middleware::{Next, from_fn_with_state};
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Mutex, Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
@@ -71,7 +71,8 @@ pub fn open(listener: TcpListener, tls: Tls, peers: PeerServer, stop: Cancellati
                     continue;
                 }
             };
-            let (tls, users, peers, peer_room) = (tls.clone(), users.clone(), peers.clone(), Arc::clone(&peer_room));
+            let (tls, users, peers, peer_room) =
+                (tls.clone(), users.clone(), peers.clone(), Arc::clone(&peer_room));
             tokio::spawn(async move {
                 let stream = handshake(&tls, stream, from).await;
                 drop(permit);
@@ -83,7 +84,9 @@ pub fn open(listener: TcpListener, tls: Tls, peers: PeerServer, stop: Cancellati
                 }
                 match peer_room.try_acquire() {
                     Ok(_room) => peers.serve(stream, from).await,
-                    Err(_) => tracing::warn!(%from, "too many connections of other nodes; this one is refused"),
+                    Err(_) => {
+                        tracing::warn!(%from, "too many connections of other nodes; this one is refused")
+                    }
                 }
             });
         }
@@ -118,19 +121,18 @@ async fn authenticate(State(api): State<Shared>, request: Request, next: Next) -
     }
     if matches!(path, "/v1/cluster:init" | "/v1/node:join") {
         let text = "this is possible on the node's own socket only";
-        return Failure::denied(text).suggest("run the command on the node itself").into_response();
+        return super::refused(Failure::denied(text).suggest("run the command on the node itself"));
     }
     let said = request.headers().get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
     let secret = said.and_then(access::bearer);
-    let name = secret.and_then(|secret| {
-        access::token_of(&api.consensus.replica().state(), secret, clock::now_ms())
-    });
+    let name =
+        secret.and_then(|secret| access::token_of(&api.consensus.replica().state(), secret, clock::now_ms()));
     if name.is_none() {
         let text = if secret.is_some() { "this token is not known, or over" } else { "a token is needed" };
         tracing::info!(path, "a request over TLS is refused: {text}");
-        return Failure::unauthenticated(text)
-            .suggest("`blixard token create NAME` on a node makes one; give it in BLIXARD_TOKEN")
-            .into_response();
+        let failure = Failure::unauthenticated(text)
+            .suggest("`blixard token create NAME` on a node makes one; give it in BLIXARD_TOKEN");
+        return super::refused(failure);
     }
     next.run(request).await
 }

@@ -11,7 +11,7 @@ use axum::Router;
 use axum::extract::Request;
 use axum::http::header;
 use axum::middleware::{Next, from_fn};
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
@@ -108,7 +108,7 @@ async fn local_only(request: Request, next: Next) -> Response {
     if !["localhost", "127.0.0.1", "[::1]"].contains(&name) || request.headers().contains_key(header::ORIGIN)
     {
         let text = "this address is for programs on this host: the Host header must name it, and no Origin is accepted";
-        return Failure::denied(text).into_response();
+        return super::refused(Failure::denied(text));
     }
     next.run(request).await
 }

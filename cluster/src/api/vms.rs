@@ -66,8 +66,10 @@ pub async fn list(
     Path(project): Path<String>,
     request: Request,
 ) -> Result<Response, Failure> {
-    let parameters =
-        Parameters::of(request.uri(), &["limit", "cursor", "label", "linearizable", "min_revision", "timeout_ms"])?;
+    let parameters = Parameters::of(
+        request.uri(),
+        &["limit", "cursor", "label", "linearizable", "min_revision", "timeout_ms"],
+    )?;
     api.at_least(&parameters).await?;
     let limit = limit(&parameters)?;
     let after = cursor(&parameters)?;

@@ -107,7 +107,8 @@ pub fn certify(
     let key = NodeKey(public_key_bytes(public_key).ok_or_else(|| foreign("no Ed25519 public key"))?);
     let issuer_key = KeyPair::from_pem(signer.key_pem.reveal())?;
     let issuer = Issuer::new(authority_params(&trust.cluster, signer.created_at_ms), issuer_key);
-    let mut params = CertificateParams::new(vec![node_name(&trust.cluster, node), any_node_name(&trust.cluster)])?;
+    let mut params =
+        CertificateParams::new(vec![node_name(&trust.cluster, node), any_node_name(&trust.cluster)])?;
     params.distinguished_name = DistinguishedName::new();
     params.distinguished_name.push(DnType::CommonName, node_name(&trust.cluster, node));
     params.use_authority_key_identifier_extension = true;

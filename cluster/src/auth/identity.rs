@@ -195,8 +195,7 @@ mod tests {
         assert_eq!(public_key(&key_pem).unwrap(), public);
         let address = "192.0.2.1:7440".parse().unwrap();
         let identity = Identity { cluster: "c".into(), node: 3, address, bind: address };
-        let keys =
-            Keys { identity, key_pem, certificate_pem: "x".into(), authorities_pem: "y".into() };
+        let keys = Keys { identity, key_pem, certificate_pem: "x".into(), authorities_pem: "y".into() };
         keys.store(state.path()).unwrap();
         let back = Keys::load(state.path()).unwrap().unwrap();
         assert_eq!((back.identity, back.key_pem), (keys.identity, keys.key_pem));

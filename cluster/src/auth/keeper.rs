@@ -7,10 +7,10 @@ use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
+use super::AuthError;
 use super::authority::{NODE_VALID, RENEW_BEFORE, certify};
 use super::identity::{Keys, public_key};
 use super::tls::{Tls, validity};
-use super::AuthError;
 use crate::clock;
 use crate::host::chain;
 use crate::raft::Consensus;
@@ -86,8 +86,7 @@ impl Keeper {
         }
         let public = public_key(&keys.key_pem)?;
         let certificate = certify(&trust, keys.identity.node, &public, clock::now_ms(), NODE_VALID)?;
-        let keys =
-            Keys { certificate_pem: certificate, authorities_pem: trust.authorities_pem(), ..keys };
+        let keys = Keys { certificate_pem: certificate, authorities_pem: trust.authorities_pem(), ..keys };
         keys.store(&self.folder)?;
         tls.replace(keys)?;
         tracing::info!(trust = trust.version, "this node has a new certificate");

@@ -115,7 +115,8 @@ impl Present {
         let store = Arc::new(store);
         let foreign = |error: rustls::pki_types::pem::Error| AuthError::Foreign(error.to_string());
         let key = || PrivateKeyDer::from_pem_slice(keys.key_pem.as_bytes()).map_err(foreign);
-        let mut chain = vec![CertificateDer::from_pem_slice(keys.certificate_pem.as_bytes()).map_err(foreign)?];
+        let mut chain =
+            vec![CertificateDer::from_pem_slice(keys.certificate_pem.as_bytes()).map_err(foreign)?];
         let client = ClientConfig::builder_with_provider(Arc::clone(&provider))
             .with_protocol_versions(&[&TLS13])?
             .with_root_certificates(Arc::clone(&store));

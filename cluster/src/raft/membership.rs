@@ -56,7 +56,8 @@ pub fn next_step(state: &State, members: &Members) -> Option<Step> {
     if !wanted.is_empty() && wanted != members.voters {
         return Some(Step::Vote(wanted));
     }
-    let gone: BTreeSet<NodeId> = members.all.iter().filter(|node| !nodes.contains_key(node)).copied().collect();
+    let gone: BTreeSet<NodeId> =
+        members.all.iter().filter(|node| !nodes.contains_key(node)).copied().collect();
     (!gone.is_empty()).then_some(Step::Remove(gone))
 }
 
@@ -92,9 +93,8 @@ fn members(metrics: &RaftMetrics<Types>) -> Members {
     let last = metrics.last_log_index.unwrap_or(0);
     let near = |index: u64| last.saturating_sub(index) <= LAG_MAX;
     let replication = metrics.replication.iter().flatten();
-    let caught_up = replication.filter_map(|(node, matched)| {
-        matched.as_ref().is_some_and(|id| near(id.index)).then_some(*node)
-    });
+    let caught_up = replication
+        .filter_map(|(node, matched)| matched.as_ref().is_some_and(|id| near(id.index)).then_some(*node));
     Members {
         voters: membership.voter_ids().collect(),
         all: membership.nodes().map(|(node, _)| *node).collect(),
@@ -179,9 +179,9 @@ impl Consensus {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::state::Command;
     use crate::state::member::{JoinTokenRecord, MemberCommand, NodeFacts};
     use crate::state::testing::Cluster;
-    use crate::state::Command;
 
     /// A state with nodes 1.. in these zones.
     fn state(zones: &[&str]) -> State {
@@ -199,7 +199,8 @@ mod tests {
             let command = if n == 0 {
                 MemberCommand::Announce { node: 1, facts: Box::new(facts) }
             } else {
-                let token = JoinTokenRecord { sha256: format!("t{n}"), created_at_ms: 0, expires_at_ms: u64::MAX };
+                let token =
+                    JoinTokenRecord { sha256: format!("t{n}"), created_at_ms: 0, expires_at_ms: u64::MAX };
                 cluster.run(Command::Member(Box::new(MemberCommand::PutJoinToken(token)))).unwrap();
                 MemberCommand::Join { token: format!("t{n}"), facts: Box::new(facts) }
             };
@@ -221,7 +222,11 @@ mod tests {
         assert_eq!(next_step(&state, &members(&[1], &[1, 2, 3], &[1, 2])), None, "two voters are no better");
         let three = Some(Step::Vote([1, 2, 3].into()));
         assert_eq!(next_step(&state, &members(&[1], &[1, 2, 3], &[1, 2, 3])), three);
-        assert_eq!(next_step(&state, &members(&[1, 2, 3], &[1, 2, 3], &[1])), None, "a silent voter stays one");
+        assert_eq!(
+            next_step(&state, &members(&[1, 2, 3], &[1, 2, 3], &[1])),
+            None,
+            "a silent voter stays one"
+        );
     }
 
     #[test]

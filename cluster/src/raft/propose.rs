@@ -78,7 +78,9 @@ impl Consensus {
                         Ok(Proposed::Level { needs, has }) => return Err(ProposeError::Level { needs, has }),
                         Ok(Proposed::Stopped(reason)) => return Err(ProposeError::Unknown(reason)),
                         // Nothing was sent.
-                        Err(error) if error.kind() == io::ErrorKind::NotConnected => self.not_leader(Some(leader)),
+                        Err(error) if error.kind() == io::ErrorKind::NotConnected => {
+                            self.not_leader(Some(leader))
+                        }
                         Err(error) => return Err(ProposeError::Unknown(error.to_string())),
                     }
                 }
@@ -104,7 +106,9 @@ impl Consensus {
         }
         let stopped = |reason: String| ProposeError::Stopped(reason);
         let command = Command::new(proposal).map_err(|error| stopped(error.to_string()))?;
-        match self.raft.client_write(command).await {
+        let written = tokio::time::timeout(ANSWER_MAX, self.raft.client_write(command)).await;
+        let written = written.map_err(|_| ProposeError::Unknown("too few voters answered it".into()))?;
+        match written {
             Ok(response) => match response.data {
                 Applied::Command(outcome) => Ok((response.log_id.index, *outcome)),
                 Applied::Nothing => Err(stopped("the entry came back without an answer".into())),
@@ -148,7 +152,10 @@ impl Consensus {
     /// # Errors
     /// See [`ProposeError`].
     pub async fn read_index_here(&self) -> Result<u64, ProposeError> {
-        match self.raft.get_read_linearizer(ReadPolicy::ReadIndex).await {
+        let confirmed =
+            tokio::time::timeout(LEADER_MAX, self.raft.get_read_linearizer(ReadPolicy::ReadIndex)).await;
+        let confirmed = confirmed.map_err(|_| ProposeError::Unknown("too few voters answered it".into()))?;
+        match confirmed {
             Ok(linearizer) => Ok(linearizer.read_log_id().index()),
             Err(RaftError::APIError(LinearizableReadError::ForwardToLeader(forward))) => {
                 Err(self.not_leader(forward.leader_id))
@@ -158,8 +165,13 @@ impl Consensus {
         }
     }
 
-    async fn ask<T: serde::de::DeserializeOwned>(&self, leader: NodeId, question: &Question) -> io::Result<T> {
-        let known = self.raft.metrics().borrow_watched().membership_config.membership().get_node(&leader).cloned();
+    async fn ask<T: serde::de::DeserializeOwned>(
+        &self,
+        leader: NodeId,
+        question: &Question,
+    ) -> io::Result<T> {
+        let known =
+            self.raft.metrics().borrow_watched().membership_config.membership().get_node(&leader).cloned();
         let caller = self.peers.caller(leader, known.as_ref().map(|node| node.addr.as_str()));
         caller.ask(question, ANSWER_MAX).await
     }

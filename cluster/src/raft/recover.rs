@@ -53,7 +53,11 @@ async fn rewrite(log: &mut LogStore, state: &StateStore, node: NodeId) -> io::Re
     let others: Vec<(NodeId, String)> = {
         let replica = state.replica();
         let state = replica.state();
-        state.nodes().filter(|record| record.id != node).map(|record| (record.id, record.name.clone())).collect()
+        state
+            .nodes()
+            .filter(|record| record.id != node)
+            .map(|record| (record.id, record.name.clone()))
+            .collect()
     };
     let members = Membership::new(vec![[node].into()], BTreeMap::from([(node, BasicNode::default())]));
     let mut payloads = vec![EntryPayload::Membership(members.map_err(io::Error::other)?)];

@@ -84,7 +84,8 @@ const RECORD_BYTES_MAX: u32 = 16 << 20;
 pub fn put_record(out: &mut Vec<u8>, key: &str, value: &[u8]) -> io::Result<()> {
     for bytes in [key.as_bytes(), value] {
         let length = u32::try_from(bytes.len()).ok().filter(|length| *length <= RECORD_BYTES_MAX);
-        let length = length.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "a record is too long"))?;
+        let length =
+            length.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "a record is too long"))?;
         out.extend_from_slice(&length.to_le_bytes());
         out.extend_from_slice(bytes);
     }
@@ -130,7 +131,8 @@ impl SnapshotData {
                 file.rewind()?;
                 let mut reader = BufReader::new(file);
                 while let Some(key) = next_part(&mut reader)? {
-                    let key = String::from_utf8(key).map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))?;
+                    let key =
+                        String::from_utf8(key).map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))?;
                     let value = next_part(&mut reader)?.ok_or(io::ErrorKind::UnexpectedEof)?;
                     each(&key, &value)?;
                 }

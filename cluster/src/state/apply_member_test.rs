@@ -132,11 +132,8 @@ fn what_is_stored_of_the_cluster_comes_back() {
     cluster.run(member(MemberCommand::PutApiToken(api))).unwrap();
     cluster.run(member(MemberCommand::Cordon { node: 2, cordoned: true })).unwrap();
     let state = &cluster.state;
-    let records: Vec<_> = state
-        .keys()
-        .iter()
-        .map(|key| (key.to_string(), state.record(key).unwrap().unwrap()))
-        .collect();
+    let records: Vec<_> =
+        state.keys().iter().map(|key| (key.to_string(), state.record(key).unwrap().unwrap())).collect();
     let back = State::from_records(state.revision(), records).unwrap();
     assert_eq!(&back, state);
     assert!(back.node(2).unwrap().cordoned);

@@ -6,8 +6,8 @@ use super::transport::{self, Call};
 use super::{Client, ClientError, escape};
 use crate::Page;
 use crate::cluster::{
-    Admission, Applicant, ClusterStatus, CreateToken, InitCluster, JoinCluster, NodeView, RaiseLevel, TokenView,
-    TransferLeader,
+    Admission, Applicant, ClusterStatus, CreateToken, InitCluster, JoinCluster, NodeView, RaiseLevel,
+    TokenView, TransferLeader,
 };
 
 impl Client {

@@ -140,10 +140,12 @@ impl Host {
                 path.display()
             ),
             (Self::Https(..), io::ErrorKind::PermissionDenied) => {
-                "give a token for the API in BLIXARD_TOKEN: `blixard token create NAME` on a node makes one".into()
+                "give a token for the API in BLIXARD_TOKEN: `blixard token create NAME` on a node makes one"
+                    .into()
             }
             (Self::Https(..), io::ErrorKind::InvalidData) => {
-                "whoever answers is not of the cluster that the token is for: are address and token right?".into()
+                "whoever answers is not of the cluster that the token is for: are address and token right?"
+                    .into()
             }
             (Self::Http(_) | Self::Https(..), io::ErrorKind::ConnectionRefused) => {
                 format!("nobody listens on this port: is the port right? If so, {start}")
@@ -216,9 +218,17 @@ mod tests {
         assert_eq!("unix:///run/x.sock".parse(), Ok(Host::Unix("/run/x.sock".into())));
         assert_eq!("http://[::1]:8080/".parse(), Ok(Host::Http("[::1]:8080".into())));
         assert_eq!("https://192.0.2.1:7440".parse(), Ok(Host::Https("192.0.2.1:7440".into(), None)));
-        for wrong in
-            ["", "x.sock", "unix://x", "ftp://a:1", "https://a", "http://a", "http://:1", "http://a:b", "http://a b:1"]
-        {
+        for wrong in [
+            "",
+            "x.sock",
+            "unix://x",
+            "ftp://a:1",
+            "https://a",
+            "http://a",
+            "http://:1",
+            "http://a:b",
+            "http://a b:1",
+        ] {
             assert!(wrong.parse::<Host>().is_err(), "{wrong}");
         }
         assert_eq!(DEFAULT_HOST.parse::<Host>().unwrap().to_string(), DEFAULT_HOST);

@@ -50,7 +50,8 @@ impl ServerCertVerifier for Pinned {
         ocsp: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        let ours = |der: &&CertificateDer<'_>| self.digest(der).is_some_and(|found| found == self.authority_sha256);
+        let ours =
+            |der: &&CertificateDer<'_>| self.digest(der).is_some_and(|found| found == self.authority_sha256);
         let unknown = || Error::InvalidCertificate(CertificateError::UnknownIssuer);
         let authority = intermediates.iter().find(ours).ok_or_else(unknown)?;
         let mut roots = RootCertStore::empty();

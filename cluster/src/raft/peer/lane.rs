@@ -11,9 +11,11 @@ use futures::{Stream, StreamExt};
 use openraft::raft::{AppendEntriesRequest, StreamAppendResult};
 use tokio::io::AsyncWriteExt;
 use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
 
 use super::Dialer;
 use super::frame::{self, Frame, Kind};
+use crate::auth::tls::Outbound;
 use crate::raft::codec::{self, Reader};
 use crate::raft::types::Types;
 use crate::state::NodeId;
@@ -41,6 +43,9 @@ pub struct Lane {
     node: NodeId,
     known: String,
     line: Option<Line>,
+    /// A connection that comes about. It outlives the session that asked for it: a heartbeat waits for less time than a
+    /// handshake may take on a busy host.
+    connecting: Option<JoinHandle<io::Result<Outbound>>>,
 }
 
 fn gone() -> io::Error {
@@ -49,7 +54,7 @@ fn gone() -> io::Error {
 
 impl Lane {
     pub(super) fn new(dialer: Dialer, node: NodeId, known: String) -> Self {
-        Self { dialer, node, known, line: None }
+        Self { dialer, node, known, line: None, connecting: None }
     }
 
     /// A connection that works, as far as is known.
@@ -58,7 +63,13 @@ impl Lane {
             return Ok(());
         }
         self.line = None;
-        let stream = self.dialer.connect(self.node, Some(&self.known)).await?;
+        let connecting = self.connecting.get_or_insert_with(|| {
+            let (dialer, node, known) = (self.dialer.clone(), self.node, self.known.clone());
+            tokio::spawn(async move { dialer.connect(node, Some(&known)).await })
+        });
+        let connected = connecting.await;
+        self.connecting = None;
+        let stream = connected.map_err(io::Error::other)??;
         let (mut reader, mut writer) = tokio::io::split(stream);
         let (frames, mut queue) = mpsc::channel::<Vec<u8>>(64);
         // Bounded by the requests: one answer for each.

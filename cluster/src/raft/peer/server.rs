@@ -117,7 +117,8 @@ impl PeerServer {
         .boxed()
         .fuse();
         let requests = stream::unfold(queue, async |mut queue| queue.recv().await.map(|r| (r, queue)));
-        let mut answers = Box::pin(self.consensus.raft().stream_append(requests)).ready_chunks(REQUESTS_AHEAD);
+        let mut answers =
+            Box::pin(self.consensus.raft().stream_append(requests)).ready_chunks(REQUESTS_AHEAD);
         let mut number = 0_u64;
         let mut bytes = Vec::new();
         let write = async {
