@@ -83,7 +83,9 @@ impl Hosts {
 
 impl Drop for Hosts {
     fn drop(&mut self) {
-        (0..=3).for_each(|host| drop(ip(&format!("netns del {}", self.name(host)))));
+        for host in 0..=3 {
+            ip(&format!("netns del {}", self.name(host)));
+        }
     }
 }
 

@@ -11,7 +11,7 @@ use super::state_store::StateStore;
 use super::types::Types;
 use super::*;
 use crate::state::testing::{create, image, init, kernel};
-use crate::state::{Answer, Command};
+use crate::state::{Answer, Command, Proposal};
 
 struct Builder;
 
