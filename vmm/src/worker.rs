@@ -396,6 +396,13 @@ impl Machine {
 impl Answer for Machine {
     fn answer(&mut self, request: &Request, mut given: Vec<OwnedFd>, poll: &mut Poll) -> Answered {
         flight::note_request(request);
+        if matches!(request, Request::Snapshot(_) | Request::Fork)
+            && let Some(slot) = self.slots.iter().find(|slot| slot.device.writes_unseen())
+        {
+            let reason =
+                format!("{} is served by vhost-net, whose writes to memory are not tracked", slot.name);
+            return (Reply::Refused { reason }, vec![]);
+        }
         let reply = match request {
             Request::Status | Request::Subscribe => Reply::Status(self.status()),
             Request::Pause => {

@@ -210,6 +210,11 @@ pub trait Device: Send {
     fn on_request(&mut self, _request: DeviceRequest, _watch: &mut dyn Watch) -> Result<(), String> {
         Err("this kind of device does nothing of the kind".into())
     }
+    /// Somebody else than the guest and this process writes guest memory for it now, so that nobody can tell what changed.
+    /// Default: nobody does.
+    fn writes_unseen(&self) -> bool {
+        false
+    }
     /// Why the device asked for a reset, until it gets one.
     fn failure(&self) -> Option<String> {
         None

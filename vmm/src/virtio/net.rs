@@ -682,6 +682,10 @@ impl Device for Net {
         Ok(())
     }
 
+    fn writes_unseen(&self) -> bool {
+        self.is_kernel_served()
+    }
+
     fn failure(&self) -> Option<String> {
         self.failure.reason()
     }
