@@ -34,7 +34,7 @@ fn parse(line: &str) -> Option<(u32, i64, Vec<u64>)> {
         }
         word.strip_prefix("0x").map_or_else(|| word.parse().ok(), |hex| u64::from_str_radix(hex, 16).ok())
     };
-    let arguments = rest[..end].split(',').map(|word| value(word).unwrap_or(0)).collect();
+    let arguments = rest.get(..end)?.split(',').map(|word| value(word).unwrap_or(0)).collect();
     Some((thread.parse().ok()?, number.trim().parse().ok()?, arguments))
 }
 

@@ -46,9 +46,20 @@ fn traced(command: Command) -> Command {
     strace
 }
 
+/// A child that does not outlive a test that fails.
+struct Process(Child);
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // When it was waited for, nothing happens.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 /// A running VMM.
 pub struct Vm {
-    child: Child,
+    child: Process,
     directory: TempDir,
     output: thread::JoinHandle<String>,
     problems: thread::JoinHandle<String>,
@@ -127,7 +138,7 @@ impl Vm {
             }
         });
         let stdin = child.stdin.take();
-        Self { child, directory, output, problems, printed, over, stdin }
+        Self { child: Process(child), directory, output, problems, printed, over, stdin }
     }
 
     /// A path in the directory of this VM.
@@ -137,7 +148,7 @@ impl Vm {
 
     /// Number of the process.
     pub fn process(&self) -> u32 {
-        self.child.id()
+        self.child.0.id()
     }
 
     /// Waits until the guest has printed this byte.
@@ -153,7 +164,7 @@ impl Vm {
 
     /// Waits for the end.
     pub fn end(mut self) -> Ended {
-        let status = self.child.wait().unwrap();
+        let status = self.child.0.wait().unwrap();
         let _ = self.over.send(());
         let (output, problems) = (self.output.join().unwrap(), self.problems.join().unwrap());
         Ended { code: status.code(), output, problems }
@@ -175,7 +186,7 @@ impl Vm {
             let mut info = std::mem::MaybeUninit::<libc::siginfo_t>::zeroed();
             let flags = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
             // SAFETY: the pointer is to a structure that the call fills; the child stays to be waited for.
-            let found = unsafe { libc::waitid(libc::P_PID, self.child.id(), info.as_mut_ptr(), flags) };
+            let found = unsafe { libc::waitid(libc::P_PID, self.child.0.id(), info.as_mut_ptr(), flags) };
             // SAFETY: zeros are a valid structure, and the call filled it or left it.
             let info = unsafe { info.assume_init() };
             // SAFETY: the kernel fills this field for `waitid`, and zeros are a value of it.
