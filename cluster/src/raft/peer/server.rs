@@ -69,14 +69,21 @@ impl PeerServer {
         if node == self.consensus.node() {
             return Err("it shows a certificate of this node".into());
         }
+        self.check_member(node).map_err(|error| error.to_string())?;
+        Ok(node)
+    }
+
+    /// Refuses a node that was removed; asked for each message, since its connections may be older than its removal.
+    fn check_member(&self, node: NodeId) -> io::Result<()> {
         let state = self.consensus.replica().state();
         // A number that was given and is no longer known belonged to a node that was removed. A higher number may be
         // that of a node which this replica has not heard of yet.
         let given = state.cluster().is_some_and(|cluster| node < cluster.next_node);
         if given && state.node(node).is_none() {
-            return Err(format!("node {node} was removed from the cluster"));
+            let reason = format!("node {node} was removed from the cluster");
+            return Err(io::Error::new(io::ErrorKind::InvalidData, reason));
         }
-        Ok(node)
+        Ok(())
     }
 
     async fn answer(&self, mut stream: Inbound, node: NodeId) -> io::Result<()> {
@@ -98,6 +105,7 @@ impl PeerServer {
         let mut read = async move {
             let mut frame = Some(first);
             while let Some(Frame { kind: Kind::Append, number, content }) = frame {
+                self.check_member(node)?;
                 if number != next {
                     return Err(io::Error::new(io::ErrorKind::InvalidData, "a request out of order"));
                 }
@@ -171,6 +179,7 @@ impl PeerServer {
         let read = async {
             let mut frame = Some(first);
             while let Some(Frame { kind: Kind::Call, number, content }) = frame {
+                self.check_member(node)?;
                 let question = serde_json::from_slice(&content)?;
                 let permit = Arc::clone(&room).acquire_owned().await.map_err(io::Error::other)?;
                 let (server, answers) = (self.clone(), answers.clone());
