@@ -2,6 +2,7 @@
 //!
 //! * [`boot`]: request → guest ready, split by step
 //! * [`vmm`]: the VMM beside Firecracker
+//! * [`place`]: placements per second
 //! * [`raft`]: writes and reads of three voters, leader killed
 //! * [`table`], [`compare`]: samples, medians, tables, JSON
 #![forbid(unsafe_code)]
@@ -9,6 +10,7 @@
 
 mod boot;
 mod compare;
+mod place;
 mod raft;
 mod table;
 mod vmm;
@@ -38,6 +40,8 @@ enum Bench {
     Vmm(vmm::Options),
     /// A stock kernel up to its init, beside Firecracker when it is given. Needs a /dev/kvm that runs Linux.
     Kernel(vmm::kernel::Options),
+    /// Placements per second, and how long one takes. No node is needed.
+    Place(place::Options),
     /// Three voters on this machine: durable writes, linearizable reads, leader killed. Starts them itself.
     Raft(raft::Options),
 }
@@ -55,6 +59,9 @@ fn main() -> ExitCode {
         Bench::Kernel(options) => vmm::kernel::run(options, out)
             .and_then(|t| Ok(t.show_and_write(out, "kernel")?))
             .map_err(Into::into),
+        Bench::Place(options) => {
+            place::run(options).and_then(|t| Ok(t.show_and_write(out, "place")?)).map_err(Into::into)
+        }
         Bench::Raft(options) => raft::run(options, out).map_err(Into::into),
     };
     match result {

@@ -6,6 +6,7 @@
 //! | [`raft`] | makes commands durable and agreed, then applies them | proposals |
 //! | [`state`] | what is agreed: pure commands on records | applied entries |
 //! | [`auth`] | keys and certificates of nodes, tokens of users | changes of trust, time |
+//! | [`scheduler`] | where VMs go: pure; not asked yet, VMs are placed where they are asked for | - |
 //! | [`host`] | sends this node's plan to its agent, brings reports back | each applied entry, each report |
 //! | [`images`] | imports images and kernels, keeps content by digest | uploads |
 //! | [`node`] | builds all of these and ends them | the start, signals |
@@ -23,5 +24,6 @@ pub mod images;
 pub mod metrics;
 pub mod node;
 pub mod raft;
+pub mod scheduler;
 pub mod state;
 pub mod vm_metrics;

@@ -43,6 +43,7 @@ pub mod client;
 pub mod cluster;
 pub mod error;
 pub mod image;
+pub mod placement;
 pub mod server;
 pub mod token;
 pub mod vm;
