@@ -145,11 +145,22 @@ fn written(socket: &Path, body: &str) -> bool {
         && (answer.starts_with("HTTP/1.1 201") || answer.starts_with("HTTP/1.1 200"))
 }
 
+/// Tells the writers to end when it goes.
+struct StopAtEnd<'a>(&'a AtomicBool);
+
+impl Drop for StopAtEnd<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// Runs `disturb` while four clients write, until some more writes came through; answers what was acknowledged.
 fn under_load(nodes: &mut [Node], disturb: impl FnOnce(&mut [Node])) -> Vec<u128> {
     let sockets: Vec<PathBuf> = nodes.iter().map(Node::socket).collect();
     let (stop, acknowledged) = (AtomicBool::new(false), Mutex::new(Vec::new()));
     std::thread::scope(|scope| {
+        // Also when this thread fails: the others would write for ever, and be waited for.
+        let _stop = StopAtEnd(&stop);
         for part in 1..=4 {
             let (sockets, stop, acknowledged) = (&sockets, &stop, &acknowledged);
             scope.spawn(move || write_until(sockets, part, stop, acknowledged));
@@ -167,7 +178,6 @@ fn under_load(nodes: &mut [Node], disturb: impl FnOnce(&mut [Node])) -> Vec<u128
             assert!(moment.elapsed() < Duration::from_secs(30), "no writes after the disturbance");
             std::thread::yield_now();
         }
-        stop.store(true, Ordering::Relaxed);
     });
     acknowledged.into_inner().unwrap().into_iter().map(|(number, _)| number).collect()
 }
