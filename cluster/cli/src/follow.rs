@@ -44,7 +44,8 @@ impl Subject<'_> {
         }
     }
 
-    /// Waits until the guest is ready. A VM that has already ended is fine (its work may be short), one that failed is not.
+    /// Waits until the guest is ready. A VM that has already ended is fine (its work may be short), unless its guest did
+    /// not end in good order before it said how its work ended.
     pub async fn wait_ready(&self, time: Duration, progress: &Progress) -> Result<VmView, CliError> {
         let begin = Instant::now();
         let mut view = self.client.vm(self.project, self.name).await?;
@@ -53,6 +54,7 @@ impl Subject<'_> {
             match view.phase {
                 Phase::Failed => return Err(failed(&view)),
                 Phase::Pending | Phase::Preparing | Phase::Starting => {}
+                Phase::Stopped => return exit_code(&view).map_err(|_| failed(&view)).map(|_| view),
                 _ => return Ok(view),
             }
             let left = time.saturating_sub(begin.elapsed());

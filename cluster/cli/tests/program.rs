@@ -157,6 +157,23 @@ fn a_waiting_run_tells_a_failure_after_the_id_and_names_the_reason() {
 }
 
 #[test]
+fn a_waiting_run_is_a_failure_when_the_guest_ends_badly_before_it_is_ready() {
+    let run = |end: &str| {
+        let answers = vec![
+            answer("201 Created", &vm("pending", "")),
+            answer("200 OK", &vm("starting", "")),
+            answer("200 OK", &vm("stopped", end)),
+        ];
+        with(answers, &["run", "-d", "--wait", "ready", "img"]).0
+    };
+    let (code, out, err) = run(r#","exit":{"kind":"guest_fault","detail":"vCPU 0: triple fault"}"#);
+    assert_eq!((code, out), (1, format!("{ID}\n")));
+    assert!(err.contains("triple fault") && err.contains("blixard logs web"), "{err}");
+    assert_eq!(run(r#","exit":{"kind":"reset"}"#).0, 1, "a kernel that panics");
+    assert_eq!(run(r#","workload":{"code":3},"exit":{"kind":"power_off"}"#).0, 0, "short work is no failure");
+}
+
+#[test]
 fn a_run_shows_the_console_and_ends_with_the_exit_code_of_the_workload() {
     let ended = vm("stopped", r#","workload":{"code":3},"exit":{"kind":"power_off"}"#);
     let log = "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nsaid\n\r\n0\r\n\r\n".to_owned();

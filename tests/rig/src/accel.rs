@@ -39,12 +39,19 @@ pub struct Accel {
     pub name: String,
     /// Why this one.
     pub why: String,
+    /// The first processor is there, but hosts run nothing on it that they are not forced to.
+    ///
+    /// Up to QEMU 10 at least, TCG's XRSTOR on any processor clears a flag of the first one (`cpu_clear_ignne`) with a
+    /// read, a change and a write that are not atomic. When the first processor leaves a guest at the same moment, it
+    /// can stay half inside: nested paging goes on for the host. Then the guest ends in a triple fault, or the host
+    /// panics. A first processor that never enters a guest cannot lose its flags.
+    pub spare_first: bool,
 }
 
 impl Accel {
     /// Chooses; `$BLIXARD_RIG_ACCEL` (kvm or tcg) overrides.
     pub fn choose(leash: &Leash) -> Result<Self, Error> {
-        let tcg = |why: String| Self { args: TCG, name: "tcg".into(), why };
+        let tcg = |why: String| Self { args: TCG, name: "tcg".into(), why, spare_first: true };
         let wanted = std::env::var("BLIXARD_RIG_ACCEL").unwrap_or_default();
         match wanted.as_str() {
             "tcg" => return Ok(tcg("BLIXARD_RIG_ACCEL asks for it".into())),
@@ -55,7 +62,8 @@ impl Accel {
         match lends(&cpuinfo, Path::new("/sys/module")).and_then(|()| try_kvm(leash)) {
             Ok(()) => {
                 let model = cpuinfo.lines().find(|l| l.starts_with("model name")).unwrap_or_default();
-                Ok(Self { args: KVM, name: format!("kvm {model}"), why: "a trial run of it worked".into() })
+                let (name, why) = (format!("kvm {model}"), "a trial run of it worked".into());
+                Ok(Self { args: KVM, name, why, spare_first: false })
             }
             Err(why) if wanted == "kvm" => Err(Error::Unusable(why)),
             Err(why) => Ok(tcg(format!("no KVM: {why}"))),

@@ -133,6 +133,11 @@ impl Plan<'_> {
             Origin::Snapshot(snapshot) => (file(&snapshot.join("ram")), "off,reserve=off"),
         };
         let (cpus, mem) = (self.shape.cpus, self.shape.mem);
+        let (cpus, line) = if self.accel.spare_first {
+            (cpus.saturating_add(1), format!("{KERNEL_LINE} isolcpus=0"))
+        } else {
+            (cpus, KERNEL_LINE.to_owned())
+        };
         let mut args: Vec<String> = "-nodefaults -no-user-config -display none -vga none"
             .split(' ')
             .chain(self.accel.args)
@@ -145,7 +150,7 @@ impl Plan<'_> {
         add("-object", format!("memory-backend-file,id=ram,size={mem}M,mem-path={ram},share={share}"));
         add("-kernel", self.image.join("kernel").to_string_lossy().into_owned());
         add("-initrd", self.image.join("initramfs").to_string_lossy().into_owned());
-        add("-append", KERNEL_LINE.into());
+        add("-append", line);
         for (id, format) in [("root", "qcow2"), ("scratch", "raw")] {
             let file = file(&folder.join(id));
             add("-drive", format!("if=none,id={id},format={format},file={file},cache=unsafe,discard=unmap"));
@@ -248,13 +253,10 @@ impl Host {
 
     /// The last words of QEMU and of the console.
     pub fn last_words(&self) -> String {
-        let tail = |name: &str| {
-            let bytes = fs::read(self.folder.join(name)).unwrap_or_default();
-            let text = String::from_utf8_lossy(&bytes).into_owned();
-            let skip = text.lines().count().saturating_sub(15);
-            text.lines().skip(skip).collect::<Vec<_>>().join("\n")
+        let words = |name: &str| {
+            last_words(&String::from_utf8_lossy(&fs::read(self.folder.join(name)).unwrap_or_default()))
         };
-        format!("QEMU: {}\nconsole: {}", tail("qemu.log"), tail("console"))
+        format!("QEMU: {}\nconsole: {}", words("qemu.log"), words("console"))
     }
 
     /// How a host that no longer answers is: whether QEMU runs, where its processors are, and its last words.
@@ -286,6 +288,19 @@ impl Host {
     }
 }
 
+/// The last lines of a log, and all since a kernel's first complaint: its cause is there, not at the end.
+fn last_words(log: &str) -> String {
+    const LAST: usize = 15;
+    const MOST: usize = 200;
+    const COMPLAINTS: [&str; 5] =
+        ["BUG: ", "Oops: ", "general protection fault", "Kernel panic", "WARNING: "];
+    let lines: Vec<&str> = log.lines().collect();
+    let complaint = lines.iter().position(|line| COMPLAINTS.iter().any(|word| line.contains(word)));
+    let last = lines.len().saturating_sub(LAST);
+    let from = complaint.map_or(last, |first| first.min(last));
+    lines.into_iter().skip(from).take(MOST).collect::<Vec<_>>().join("\n")
+}
+
 /// Which processor is where, from `info registers -a`.
 fn places(registers: &str) -> String {
     let wanted = |line: &&str| line.starts_with("CPU#") || line.contains("RIP=");
@@ -303,7 +318,12 @@ mod tests {
     use super::*;
 
     fn accel() -> Accel {
-        Accel { args: ["-accel", "tcg", "-cpu", "max"], name: "tcg".into(), why: String::new() }
+        Accel {
+            args: ["-accel", "tcg", "-cpu", "max"],
+            name: "tcg".into(),
+            why: String::new(),
+            spare_first: true,
+        }
     }
 
     #[test]
@@ -321,6 +341,16 @@ mod tests {
     }
 
     #[test]
+    fn last_words_begin_with_the_first_complaint_of_a_kernel() {
+        let quiet: String = (0..40).map(|n| format!("line {n}\n")).collect();
+        assert_eq!(last_words(&quiet).lines().next(), Some("line 25"));
+        let oops = format!("boot\n[1.0] BUG: unable to handle page fault\n{quiet}");
+        assert_eq!(last_words(&oops).lines().next(), Some("[1.0] BUG: unable to handle page fault"));
+        assert_eq!(last_words(&oops).lines().count(), 41);
+        assert_eq!(last_words(""), "");
+    }
+
+    #[test]
     fn a_snapshot_depends_on_the_shape_and_not_on_what_is_shared() {
         let (accel, image) = (accel(), Path::new("/image"));
         let shape = Shape { cpus: 2, mem: 1024 };
@@ -330,6 +360,19 @@ mod tests {
         assert_eq!(plan.fingerprint(), shared.fingerprint());
         let more = Shape { cpus: 3, mem: 1024 };
         assert_ne!(plan.fingerprint(), Plan { shape: &more, ..plan }.fingerprint());
+    }
+
+    #[test]
+    fn the_first_processor_of_an_emulated_host_is_spare() {
+        let shape = Shape { cpus: 2, mem: 512 };
+        let line = |accel: &Accel| {
+            let image = Path::new("/i");
+            let plan = Plan { accel, shape: &shape, image, shares: &[], switch: None };
+            plan.args(Path::new("/run"), &Origin::Boot(Path::new("/ram"))).join(" ")
+        };
+        assert!(line(&accel()).contains("-smp 3 ") && line(&accel()).contains("isolcpus=0"));
+        let kvm = Accel { spare_first: false, ..accel() };
+        assert!(line(&kvm).contains("-smp 2 ") && !line(&kvm).contains("isolcpus"));
     }
 
     #[test]
