@@ -25,6 +25,8 @@ const PREFIX: &str = "vm-";
 const PERIOD_US: u64 = 100_000;
 /// Longest wait for a leaf to become empty after its processes were killed.
 const EMPTY_TIME_MAX: Duration = Duration::from_secs(5);
+/// Longest wait for the processes of a leaf to stop or go on.
+const FREEZE_TIME_MAX: Duration = Duration::from_secs(1);
 const MIB: u64 = 1 << 20;
 
 /// Why a cgroup was not made or removed.
@@ -66,11 +68,13 @@ pub enum CgroupError {
         #[source]
         source: cgroups_rs::fs::error::Error,
     },
-    /// Processes stay in it.
-    #[error("{path} still has processes")]
+    /// It does not become as it was told to.
+    #[error("{path} does not become {event:?} in time")]
     Populated {
         /// The leaf.
         path: PathBuf,
+        /// What was waited for.
+        event: String,
     },
 }
 
@@ -277,6 +281,24 @@ impl CgroupTree {
         if path.exists() { write(&path.join("cgroup.kill"), "1") } else { Ok(()) }
     }
 
+    /// Tells the kernel to stop all processes in the leaf until they are thawed, or to let them go on.
+    ///
+    /// # Errors
+    /// See [`CgroupError::File`].
+    pub fn freeze(&self, vm: VmId, freeze: bool) -> Result<(), CgroupError> {
+        write(&self.leaf(vm).join("cgroup.freeze"), if freeze { "1" } else { "0" })
+    }
+
+    /// Waits until they have stopped, or go on: each thread stops when it next leaves the guest, which takes it no longer
+    /// than a signal does.
+    ///
+    /// # Errors
+    /// See [`CgroupError`].
+    pub fn wait_until_frozen(&self, vm: VmId, freeze: bool) -> Result<(), CgroupError> {
+        let path = self.leaf(vm);
+        wait_for_event(&path, if freeze { "frozen 1" } else { "frozen 0" }, Instant::now() + FREEZE_TIME_MAX)
+    }
+
     /// Removes the leaf, ending what is still in it; one that is not there is removed.
     ///
     /// # Errors
@@ -301,6 +323,10 @@ impl CgroupTree {
 /// Waits for `populated 0` in `cgroup.events` (kernel documentation, admin-guide/cgroup-v2.rst, "\[Un\]populated Notification":
 /// the file becomes readable out of band with each change).
 fn wait_until_empty(leaf: &Path, deadline: Instant) -> Result<(), CgroupError> {
+    wait_for_event(leaf, "populated 0", deadline)
+}
+
+fn wait_for_event(leaf: &Path, event: &str, deadline: Instant) -> Result<(), CgroupError> {
     let path = leaf.join("cgroup.events");
     let wrong = file_error("watch", &path);
     let mut file = match File::open(&path) {
@@ -311,12 +337,12 @@ fn wait_until_empty(leaf: &Path, deadline: Instant) -> Result<(), CgroupError> {
     loop {
         let mut text = String::new();
         file.rewind().map_err(&wrong)?;
-        if file.read_to_string(&mut text).is_err() || text.lines().any(|line| line == "populated 0") {
+        if file.read_to_string(&mut text).is_err() || text.lines().any(|line| line == event) {
             return Ok(());
         }
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
-            return Err(CgroupError::Populated { path: leaf.into() });
+            return Err(CgroupError::Populated { path: leaf.into(), event: event.into() });
         }
         let ms = u16::try_from(left.as_millis()).unwrap_or(u16::MAX).saturating_add(1);
         let mut fds = [PollFd::new(file.as_fd(), PollFlags::POLLPRI)];

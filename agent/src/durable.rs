@@ -26,6 +26,17 @@ pub fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
     sync_folder_of(path)
 }
 
+/// Replaces the content of the file at `path`: as before or as written, but perhaps not there after a loss of power.
+///
+/// # Errors
+/// The system's answer; the file is then as before.
+pub fn put(path: &Path, content: &[u8]) -> io::Result<()> {
+    let beside = path.with_extension("new");
+    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&beside)?;
+    file.write_all(content)?;
+    fs::rename(&beside, path)
+}
+
 /// Makes names in the folder of `path` durable.
 ///
 /// # Errors

@@ -31,15 +31,27 @@ pub struct Failure {
     pub reason: String,
     /// Trying again would not help: the start has failed.
     pub lasting: bool,
+    /// Another host may do better.
+    pub refuses: bool,
 }
 
 impl Failure {
     fn passing(error: &dyn std::error::Error) -> Self {
-        Self { reason: sentence(error), lasting: false }
+        Self::of(sentence(error), false)
     }
 
     fn lasting(reason: impl Into<String>) -> Self {
-        Self { reason: reason.into(), lasting: true }
+        Self::of(reason, true)
+    }
+
+    /// A failure of the VM, not of the host.
+    pub fn of(reason: impl Into<String>, lasting: bool) -> Self {
+        Self { reason: reason.into(), lasting, refuses: false }
+    }
+
+    /// The host cannot run this VM, or none.
+    fn refusal(reason: impl Into<String>) -> Self {
+        Self { refuses: true, ..Self::lasting(reason) }
     }
 }
 
@@ -88,7 +100,7 @@ fn deed(host: &Host, vm: VmId, step: &Step) -> Result<(), Failure> {
         Step::OpenNic => open_nic(host, vm),
         Step::MakeCgroup => make_cgroup(host, vm),
         Step::Launch => launch_vmm(host, vm),
-        Step::Fail(fault) => fail(host, vm, fault.to_string()),
+        Step::Fail(fault) => fail(host, vm, fault.to_string(), false),
         Step::AskEnd => ask_end(host, vm),
         Step::Kill => kill(host, vm),
         Step::RecordEnd => record_end(host, vm),
@@ -137,12 +149,12 @@ fn record(host: &Host, record: Record) -> Result<Position, Failure> {
 
 fn plan(host: &Host, vm: VmId) -> Result<Arc<VmPlan>, Failure> {
     let planned = host.core().planned.get(&vm).cloned();
-    planned.ok_or_else(|| Failure { reason: "it is no longer planned".into(), lasting: false })
+    planned.ok_or_else(|| Failure::of("it is no longer planned", false))
 }
 
 fn slot(host: &Host, vm: VmId) -> Result<Slot, Failure> {
     let known = host.core().vms.get(&vm).and_then(|v| v.known.as_ref().map(|k| k.slot));
-    known.ok_or_else(|| Failure { reason: "it has no slot".into(), lasting: false })
+    known.ok_or_else(|| Failure::of("it has no slot", false))
 }
 
 fn admit(host: &Host, vm: VmId) -> Result<(), Failure> {
@@ -155,7 +167,7 @@ fn admit(host: &Host, vm: VmId) -> Result<(), Failure> {
             let taken: std::collections::BTreeSet<Slot> =
                 core.vms.values().filter_map(|v| v.known.as_ref().map(|k| k.slot)).collect();
             let free = (0..host.config.uid_count).find(|slot| !taken.contains(slot));
-            free.ok_or_else(|| Failure::lasting("all user ids for VMs are taken"))?
+            free.ok_or_else(|| Failure::refusal("all user ids for VMs are taken"))?
         }
     };
     // Appended while the state is held: nobody else finds the same slot free.
@@ -179,7 +191,7 @@ fn begin(host: &Host, vm: VmId, start: Start) -> Result<(), Failure> {
     launch::config(&plan, slot(host, vm)?, mtu).map_err(|e| Failure::lasting(sentence(&e)))?;
     if u64::from(plan.memory_mib) > host.memory_mib {
         let (wanted, there) = (plan.memory_mib, host.memory_mib);
-        return Err(Failure::lasting(format!(
+        return Err(Failure::refusal(format!(
             "{wanted} MiB of memory are planned, the host has {there} MiB"
         )));
     }
@@ -219,7 +231,7 @@ fn open_nic(host: &Host, vm: VmId) -> Result<(), Failure> {
             if problem.kind == ProblemKind::NoNetwork {
                 lost_network(host, &nic.spec.network);
             }
-            return Failure { reason: sentence(&error), lasting: problem.kind == ProblemKind::Invalid };
+            return Failure::of(sentence(&error), problem.kind == ProblemKind::Invalid);
         }
         Failure::passing(&error)
     })?;
@@ -237,7 +249,7 @@ fn lost_network(host: &Host, name: &str) {
 fn make_cgroup(host: &Host, vm: VmId) -> Result<(), Failure> {
     let plan = plan(host, vm)?;
     match &host.cgroups {
-        Err(reason) => return Err(Failure::lasting(format!("no cgroup for it: {reason}"))),
+        Err(reason) => return Err(Failure::refusal(format!("no cgroup for it: {reason}"))),
         Ok(None) => {}
         Ok(Some(tree)) => {
             let limits = Limits::of(plan.vcpus, plan.memory_mib);
@@ -260,7 +272,7 @@ fn open_content(host: &Host, blob: &BlobRef) -> Result<OwnedFd, Failure> {
 
 fn launch_vmm(host: &Host, vm: VmId) -> Result<(), Failure> {
     let plan = plan(host, vm)?;
-    let program = host.program.as_ref().map_err(|reason| Failure::lasting(reason.clone()))?;
+    let program = host.program.as_ref().map_err(|reason| Failure::refusal(reason.clone()))?;
     let slot = slot(host, vm)?;
     let cgroup = match &host.cgroups {
         Ok(Some(tree)) => Some(tree.open_leaf(vm).map_err(|e| Failure::passing(&e))?),
@@ -297,7 +309,8 @@ fn launch_vmm(host: &Host, vm: VmId) -> Result<(), Failure> {
             LaunchError::Open { operation, .. } => *operation == "open /dev/kvm",
             LaunchError::Jail(_) => false,
         };
-        Failure { reason: sentence(&error), lasting }
+        let refuses = matches!(&error, LaunchError::Open { .. }) && lasting;
+        Failure { reason: sentence(&error), lasting, refuses }
     })?;
     let vmm = Vmm { pid, process, said: Some(said) };
     vmm_link::attach(host, vm, vmm).map_err(|error| {
@@ -315,14 +328,15 @@ fn launch_vmm(host: &Host, vm: VmId) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Records that the newest start cannot be.
+/// Records that the newest start cannot be; `refused` when that is because of the host.
 ///
 /// # Errors
 /// The ledger cannot be written.
-pub fn fail(host: &Host, vm: VmId, reason: String) -> Result<(), Failure> {
+pub fn fail(host: &Host, vm: VmId, reason: String, refused: bool) -> Result<(), Failure> {
     tracing::warn!(%vm, reason, "start failed");
     let known = host.core().vms.get(&vm).and_then(|v| v.known.clone()).unwrap_or_default();
-    let end = End { start: known.begun_start(), at_ms: unix_ms(), fault: Some(reason), ..End::default() };
+    let end =
+        End { start: known.begun_start(), at_ms: unix_ms(), fault: Some(reason), refused, ..End::default() };
     record(host, Record::Ended { vm, end: Box::new(end) })?;
     host.change(vm, |entry| entry.failing = None);
     Ok(())
@@ -396,6 +410,7 @@ fn record_end(host: &Host, vm: VmId) -> Result<(), Failure> {
     record(host, Record::Ended { vm, end: Box::new(end) })?;
     host.change(vm, |entry| {
         entry.outcome = None;
+        entry.frozen = None;
         entry.ending = None;
         entry.status = None;
         entry.failing = None;

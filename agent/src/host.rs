@@ -16,6 +16,7 @@ use nix::time::{ClockId, clock_gettime};
 use crate::cgroup::CgroupTree;
 use crate::config::Config;
 use crate::jail::{Program, Said};
+use crate::lease::{self, Lease};
 use crate::ledger::Ledger;
 use crate::record::{Known, Launch};
 use crate::steps::{Ending, Found, Step, Wish, steps};
@@ -57,6 +58,8 @@ pub struct Host {
     /// Something may have to be done.
     pub wake: Condvar,
     news: Condvar,
+    /// The lease is another one.
+    pub lease_changed: Condvar,
 }
 
 /// The part that changes.
@@ -72,6 +75,8 @@ pub struct Core {
     pub dirty: BTreeSet<VmId>,
     /// When to look at a VM again.
     pub timers: BTreeSet<(Instant, VmId)>,
+    /// Until when VMs that may be started elsewhere may run; none on a host without leases.
+    pub lease: Option<Lease>,
     /// Networks that exist as specified.
     pub networks: BTreeMap<String, NetworkSpec>,
     /// Networks and orphans are to be looked at, at this time.
@@ -105,6 +110,8 @@ pub struct Vm {
     pub ending: Option<End>,
     /// A step does not succeed.
     pub failing: Option<Failing>,
+    /// Whether its VMM is frozen, since its lease has ended; not known after a restart of the agent.
+    pub frozen: Option<bool>,
     /// A worker has it.
     pub busy: bool,
     /// Steps of this start.
@@ -216,6 +223,7 @@ impl Host {
             core: Mutex::new(core),
             wake: Condvar::new(),
             news: Condvar::new(),
+            lease_changed: Condvar::new(),
         }
     }
 
@@ -249,6 +257,16 @@ impl Host {
         answer
     }
 
+    /// The same for a VM that is still known.
+    pub fn change_known<R>(&self, vm: VmId, change: impl FnOnce(&mut Vm) -> R) -> Option<R> {
+        let mut core = self.core();
+        let answer = change(core.vms.get_mut(&vm)?);
+        core.dirty.insert(vm);
+        self.refresh(&mut core, vm);
+        self.wake.notify_one();
+        Some(answer)
+    }
+
     /// Looks at a VM again at this time.
     pub fn look_at(&self, at: Instant, vm: VmId) {
         self.core().timers.insert((at, vm));
@@ -279,6 +297,11 @@ impl Host {
             core.revision += 1;
             self.news.notify_all();
         }
+    }
+
+    /// Wakes those who wait for another report.
+    pub fn tell_news(&self) {
+        self.news.notify_all();
     }
 
     /// Sets or clears what is wrong with the host as a whole.
@@ -339,6 +362,7 @@ impl Host {
             blobs: self.store.list(),
             capacity: self.capacity(),
             problems: core.problems.values().cloned().collect(),
+            leased: core.lease.is_some(),
         }
     }
 
@@ -381,6 +405,13 @@ pub enum Next {
 }
 
 impl Core {
+    /// The report is another one, and VMs are to be looked at.
+    pub fn news(&mut self) {
+        self.revision += 1;
+        let all: Vec<VmId> = self.vms.keys().copied().collect();
+        self.dirty.extend(all);
+    }
+
     /// Number of the report and of this start of the agent.
     pub fn instance(&self) -> u64 {
         self.instance
@@ -429,7 +460,14 @@ impl Core {
         if entry.failing.as_ref().is_some_and(|failing| failing.retry_at > Instant::now()) {
             return Next::Nothing;
         }
-        match steps.into_iter().next() {
+        // What may run elsewhere begins no start without a lease; a renewal looks at all VMs again.
+        let leased = self
+            .planned
+            .get(&vm)
+            .is_none_or(|plan| lease::allows(self.lease.as_ref(), lease::boottime_ms(), plan));
+        let first = steps.into_iter().next();
+        match first {
+            Some(Step::Begin(_) | Step::Launch) if !leased => Next::Nothing,
             Some(step) => Next::Step(step),
             None if wants_start && found.content && !found.network => Next::NoNetwork,
             None => {
@@ -521,6 +559,7 @@ impl Vm {
             boot: end.map(|end| end.boot).or(status.map(|s| s.times)).unwrap_or_default(),
             steps: self.times.clone(),
             memory_bytes: None,
+            refused: end.is_some_and(|end| end.refused),
         }
     }
 
@@ -542,6 +581,9 @@ impl Vm {
                 return (Phase::Stopping, why);
             }
             let told = self.status.as_ref().and_then(|s| s.guest_problem.clone());
+            if self.frozen == Some(true) {
+                return (Phase::Paused, Some("it is frozen: the lease of its host has ended".into()));
+            }
             return match &self.status {
                 Some(status) if status.phase == VmmPhase::Paused => (Phase::Paused, told),
                 Some(status) if status.guest_ready => (Phase::Running, told),

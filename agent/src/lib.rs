@@ -19,6 +19,7 @@
 //! * [`steps`], [`record`]: pure: (wanted, known, found) to steps; what the ledger says
 //! * [`execute`]: carries out one step
 //! * [`ledger`], [`durable`]: what survives this process and a loss of power
+//! * [`lease`]: VMs that may run elsewhere are frozen when the lease ends
 //! * [`observe`]: what is there when the agent starts
 //! * [`vmm_link`], [`guest_stream`]: the control connection of each VMM; streams to guests and consoles
 //! * [`launch`], [`jail`], [`cgroup`], [`process`]: how a VMM comes to be and is held
@@ -36,6 +37,7 @@ pub mod guest_stream;
 pub mod host;
 pub mod jail;
 pub mod launch;
+pub mod lease;
 pub mod ledger;
 pub mod observe;
 pub mod privileges;

@@ -16,7 +16,7 @@ use blixard_agent::server::{PLAN_FILE, Server};
 use blixard_agent::store::Store;
 use blixard_agent::vmm_link::Watch;
 use blixard_agent::volume::file::FileVolumes;
-use blixard_agent::{doctor, durable, observe, privileges, reconcile, vmm_link};
+use blixard_agent::{doctor, durable, lease, observe, privileges, reconcile, vmm_link};
 use blixard_agent_api::request::FindingState;
 use blixard_agent_api::{Finding, HostPlan};
 use blixard_ipc::{Listener, MESSAGE_BYTES_MAX};
@@ -137,6 +137,7 @@ fn run(config: Config) -> Result<(), String> {
         tracing::info!(generation = plan.generation.0, vms = plan.vms.len(), "stored plan");
         host.core().set_plan(plan);
     }
+    host.core().lease = lease::stored(&host.config.run, &host.config.state, &host.boot_id);
     observe::look(&host, known)?;
     let spawn = |name: &str, task: Box<dyn FnOnce() + Send>| {
         let spawned = thread::Builder::new().name(name.into()).spawn(task);
@@ -144,6 +145,8 @@ fn run(config: Config) -> Result<(), String> {
     };
     let watching = Arc::clone(&host);
     spawn("watch", Box::new(move || vmm_link::run(&watching)))?;
+    let leasing = Arc::clone(&host);
+    spawn("lease", Box::new(move || lease::run(&leasing)))?;
     let working = Arc::clone(&host);
     spawn(
         "reconcile",

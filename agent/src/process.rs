@@ -43,14 +43,26 @@ pub fn open_recorded(recorded: ProcessId) -> Option<OwnedFd> {
 /// # Errors
 /// The system's answer; a process that has ended is no error.
 pub fn kill(process: &impl AsFd) -> io::Result<()> {
+    signal(process, libc::SIGKILL)
+}
+
+fn signal(process: &impl AsFd, number: libc::c_int) -> io::Result<()> {
     let fd = process.as_fd().as_raw_fd();
     let none = std::ptr::null::<libc::siginfo_t>();
     // SAFETY: the descriptor is open while it is borrowed; a null siginfo means the same as kill(2).
-    let answer = unsafe { libc::syscall(libc::SYS_pidfd_send_signal, fd, libc::SIGKILL, none, 0) };
+    let answer = unsafe { libc::syscall(libc::SYS_pidfd_send_signal, fd, number, none, 0) };
     match Errno::result(answer) {
         Ok(_) | Err(Errno::ESRCH) => Ok(()),
         Err(errno) => Err(errno.into()),
     }
+}
+
+/// Sends SIGSTOP, or SIGCONT to go on.
+///
+/// # Errors
+/// The system's answer; a process that has ended is no error.
+pub fn hold(process: &impl AsFd, hold: bool) -> io::Result<()> {
+    signal(process, if hold { libc::SIGSTOP } else { libc::SIGCONT })
 }
 
 /// True when the process has ended.

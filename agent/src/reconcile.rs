@@ -137,7 +137,7 @@ fn work(host: &Host, vm: VmId) {
             Next::NoNetwork => {
                 let problem = host.core().problems.get("netd").cloned();
                 let reason = problem.unwrap_or_else(|| "the network of its nic is not there".into());
-                let failure = execute::Failure { reason, lasting: false };
+                let failure = execute::Failure::of(reason, false);
                 Err((Step::OpenNic, failure))
             }
             Next::Nothing => continue,
@@ -165,7 +165,7 @@ fn take_failure(host: &Host, vm: VmId, step: &Step, failure: execute::Failure) {
     let admitted = host.core().vms.get(&vm).is_some_and(|v| v.known.is_some());
     if of_start && admitted && (failure.lasting || given_up) {
         // When not even that can be recorded the step is tried again.
-        if execute::fail(host, vm, failure.reason).is_ok() {
+        if execute::fail(host, vm, failure.reason, failure.refuses).is_ok() {
             return;
         }
     }

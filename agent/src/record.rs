@@ -109,6 +109,9 @@ pub struct End {
     /// What failed; absent when it ended in good order.
     #[serde(default)]
     pub fault: Option<String>,
+    /// It failed because of the host, not the VM.
+    #[serde(default)]
+    pub refused: bool,
     /// The guest had been ready.
     #[serde(default)]
     pub guest_ready: bool,

@@ -17,6 +17,7 @@ use blixard_vmm_api::VmId;
 use crate::guest_stream;
 use crate::host::{Host, sentence};
 use crate::launch;
+use crate::lease;
 use crate::store::StoreError;
 use crate::{doctor, durable, vmm_stats};
 
@@ -136,6 +137,9 @@ impl Server {
                 let wait = Duration::from_millis(wait_ms.min(OBSERVE_WAIT_MS_MAX));
                 let report = host.report_after(agent_instance, revision, Instant::now() + wait);
                 Ok((Reply::Report(Box::new(report)), None))
+            }
+            Request::Renew { until_ms, generation } => {
+                lease::renew(host, until_ms, generation).map(|()| (Reply::Done, None))
             }
             Request::PutBlob(blob) => {
                 let (Some(file), None) = (passed.next(), passed.next()) else {

@@ -77,7 +77,7 @@ fn all_wrong_fields_are_named_at_once() {
 fn more_memory_than_the_node_has_is_no_capacity_with_both_numbers() {
     let (node, agent) = Node::with_agent(Manner::Manual);
     agent.set_memory(2000);
-    let much = spec(&json!({"memory_mib": 70_000}));
+    let much = spec(&json!({"memory_mib": 2_000_000}));
     node.until("the node knows", || node.post(VMS, &much).text().contains("2000 MiB"));
     let answer = node.post(VMS, &spec(&json!({"memory_mib": 2001}))).json();
     assert_eq!(answer["error"], "no_capacity");

@@ -58,6 +58,7 @@ struct World {
     capacity: Capacity,
     logs: BTreeMap<VmId, File>,
     plans: usize,
+    lease: Option<u64>,
 }
 
 impl Shared {
@@ -96,6 +97,7 @@ impl World {
             blobs: self.blobs.iter().copied().collect(),
             capacity: self.capacity,
             problems: Vec::new(),
+            leased: self.lease.is_some(),
         }
     }
 
@@ -149,6 +151,7 @@ fn known(plan: &VmPlan) -> VmReport {
         boot: blixard_vmm_api::control::BootTimes::default(),
         steps: Vec::new(),
         memory_bytes: None,
+        refused: false,
     }
 }
 
@@ -165,7 +168,7 @@ fn running(plan: &VmPlan) -> VmReport {
 }
 
 impl SimAgent {
-    /// Starts an agent that listens at `socket` and has 64 GiB of memory.
+    /// Starts an agent that listens at `socket` and has 64 processors and 1 TiB of memory.
     ///
     /// # Errors
     /// The socket cannot be made.
@@ -185,7 +188,7 @@ impl SimAgent {
     ) -> Result<Self, IpcError> {
         let listener = Listener::bind(socket, 0o600)?;
         let capacity =
-            Capacity { cpus: 8, memory_mib: 65_536, disk_bytes: 1 << 40, disk_free_bytes: 1 << 39 };
+            Capacity { cpus: 64, memory_mib: 1 << 20, disk_bytes: 1 << 40, disk_free_bytes: 1 << 39 };
         let mut world = World {
             manner,
             instance,
@@ -197,6 +200,7 @@ impl SimAgent {
             capacity,
             logs: BTreeMap::new(),
             plans: 0,
+            lease: None,
         };
         world.settle();
         let shared = Arc::new(Shared {
@@ -236,6 +240,11 @@ impl SimAgent {
     /// The content that was received.
     pub fn blobs(&self) -> Vec<BlobRef> {
         self.shared.world().blobs.iter().copied().collect()
+    }
+
+    /// Until when VMs that may run elsewhere may run, in milliseconds of CLOCK_BOOTTIME; none without leases.
+    pub fn lease(&self) -> Option<u64> {
+        self.shared.world().lease
     }
 
     /// Sets the memory of the host in MiB.
@@ -343,6 +352,13 @@ fn reply(shared: &Shared, request: Request, passed: Vec<OwnedFd>) -> (Reply, Vec
                 world = shared.changed.wait_timeout(world, left).unwrap_or_else(PoisonError::into_inner).0;
             }
             plain(Reply::Report(Box::new(world.report())))
+        }
+        Request::Renew { until_ms, generation } => {
+            if shared.world().plan.generation < generation {
+                return refused(ProblemKind::NotNow, "the plan here is older");
+            }
+            shared.change(|world| world.lease = until_ms);
+            plain(Reply::Done)
         }
         Request::PutBlob(blob) => {
             let length =

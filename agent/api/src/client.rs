@@ -9,7 +9,7 @@ use blixard_vmm_api::VmId;
 use blixard_vmm_api::stats::Sample;
 
 use crate::blob::BlobRef;
-use crate::plan::HostPlan;
+use crate::plan::{Generation, HostPlan};
 use crate::report::HostReport;
 use crate::request::{Finding, OBSERVE_WAIT_MS_MAX, Problem, Reply, Request};
 
@@ -65,6 +65,17 @@ impl AgentClient {
         let wait_ms = wait_ms.min(OBSERVE_WAIT_MS_MAX);
         let time = CALL_TIME_MAX + Duration::from_millis(wait_ms);
         report(self.call(&Request::Observe { agent_instance, revision, wait_ms }, None, time)?)
+    }
+
+    /// See [`Request::Renew`].
+    ///
+    /// # Errors
+    /// See [`AgentError`].
+    pub fn renew(&self, until_ms: Option<u64>, generation: Generation) -> Result<(), AgentError> {
+        match self.call(&Request::Renew { until_ms, generation }, None, CALL_TIME_MAX)? {
+            (Reply::Done, _) => Ok(()),
+            _ => Err(AgentError::Confused),
+        }
     }
 
     /// See [`Request::PutBlob`].

@@ -93,6 +93,26 @@ pub struct VmPlan {
     /// What it runs. Absent: a shell on the console.
     #[serde(default)]
     pub workload: Option<Command>,
+    /// What becomes of it when the lease of this host ends.
+    #[serde(default, skip_serializing_if = "OnLeaseEnd::is_default")]
+    pub on_lease_end: OnLeaseEnd,
+}
+
+/// What becomes of a VM when the lease of its host ends.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnLeaseEnd {
+    /// It runs on: nobody starts it elsewhere.
+    #[default]
+    RunOn,
+    /// It is frozen until the lease is renewed, since it may have been started elsewhere.
+    Freeze,
+}
+
+impl OnLeaseEnd {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 /// What a VM shall do.

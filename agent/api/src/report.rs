@@ -28,6 +28,9 @@ pub struct HostReport {
     /// What is wrong with the host as a whole (netd unreachable, disk full), one sentence each.
     #[serde(default)]
     pub problems: Vec<String>,
+    /// It has a lease and enforces it, whether or not it has ended.
+    #[serde(default)]
+    pub leased: bool,
 }
 
 /// What a host has for VMs.
@@ -84,6 +87,9 @@ pub struct VmReport {
     /// Memory charged to the VM's cgroup in bytes, when known.
     #[serde(default)]
     pub memory_bytes: Option<u64>,
+    /// This start has failed because of the host, not the VM: another host may do better.
+    #[serde(default)]
+    pub refused: bool,
 }
 
 /// Where a VM is in its life, as far as one host knows.

@@ -5,7 +5,7 @@ use blixard_vmm_api::stats::Sample;
 use serde::{Deserialize, Serialize};
 
 use crate::blob::BlobRef;
-use crate::plan::HostPlan;
+use crate::plan::{Generation, HostPlan};
 use crate::report::HostReport;
 
 /// Longest time that [`Request::Observe`] waits, in milliseconds.
@@ -25,6 +25,15 @@ pub enum Request {
         revision: u64,
         /// Longest wait, at most [`OBSERVE_WAIT_MS_MAX`].
         wait_ms: u64,
+    },
+    /// VMs with [`OnLeaseEnd::Freeze`](crate::plan::OnLeaseEnd) may run until this moment. Refused with
+    /// [`ProblemKind::NotNow`] while the stored plan is older than `generation`. Answers [`Reply::Done`].
+    Renew {
+        /// In milliseconds of CLOCK_BOOTTIME, which node and agent share; a moment before the present one changes nothing.
+        /// Absent: there are no leases any more.
+        until_ms: Option<u64>,
+        /// Oldest plan that this is about.
+        generation: Generation,
     },
     /// Keep the content of the passed descriptor (a readable regular file). It is copied, hashed and refused when it is
     /// not what it should be. Answers [`Reply::Done`].

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use blixard_agent_api::plan::OnLeaseEnd;
 use blixard_agent_api::{
     AgentClient, BlobRef, Digest, Epoch, Generation, HostPlan, HostReport, Phase, Run, Start, VmPlan,
     VmReport, VolumePlan,
@@ -184,6 +185,7 @@ pub fn vm(number: u128, name: &str) -> VmPlan {
         nic: None,
         resolvers: vec![],
         workload: None,
+        on_lease_end: OnLeaseEnd::RunOn,
     }
 }
 

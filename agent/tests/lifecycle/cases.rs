@@ -4,7 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{Read, Write};
 
-use blixard_agent_api::{AgentError, Phase, ProblemKind, Run, Start};
+use blixard_agent::lease::boottime_ms;
+use blixard_agent_api::plan::OnLeaseEnd;
+use blixard_agent_api::{AgentError, Generation, Phase, ProblemKind, Run, Start, VmPlan};
 use blixard_vmm_api::ExitReason;
 use nix::fcntl::{OFlag, open as open_with};
 use nix::sys::stat::Mode;
@@ -24,8 +26,65 @@ pub const ALL: &[(&str, fn())] = &[
     ("content_that_is_not_what_was_announced_is_refused", content),
     ("old_plans_and_impossible_ones_are_refused_with_the_field", plans),
     ("a_vm_removed_while_the_agent_was_dead_leaves_nothing", removed_while_dead),
+    ("at_the_end_of_the_lease_what_may_run_elsewhere_is_frozen_until_it_is_renewed", lease),
     ("a_caller_that_is_not_the_node_is_cut_off", wrong_caller),
 ];
+
+/// The letter of a process's state (`proc_pid_stat(5)`, field 3).
+fn state(pid: i32) -> char {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    text.rsplit_once(") ").unwrap().1.chars().next().unwrap()
+}
+
+fn lease() {
+    let mut agent = Agent::new();
+    with_content(&agent);
+    let freeze = OnLeaseEnd::Freeze;
+    let a = VmPlan { on_lease_end: freeze, ..vm(1, "a") };
+    let (b, c) = (vm(2, "b"), VmPlan { on_lease_end: freeze, ..vm(3, "c") });
+    agent.client.apply(plan(1, &[a.clone(), b.clone()])).unwrap();
+    let first = agent.until_phase(a.vm, Phase::Running);
+    agent.until_phase(b.vm, Phase::Running);
+    assert!(!agent.client.observe(0, 0, 0).unwrap().leased);
+
+    let older = agent.client.renew(Some(boottime_ms() + 300), Generation(2));
+    assert!(matches!(older, Err(AgentError::Refused(p)) if p.kind == ProblemKind::NotNow));
+    let long = agent.client.renew(Some(u64::MAX), Generation(1));
+    assert!(matches!(long, Err(AgentError::Refused(p)) if p.kind == ProblemKind::Invalid));
+    assert!(!agent.client.observe(0, 0, 0).unwrap().leased);
+    agent.client.renew(Some(boottime_ms() + 300), Generation(1)).unwrap();
+    let frozen = agent.until_phase(a.vm, Phase::Paused);
+    assert!(frozen.reason.unwrap().contains("lease"));
+    assert_eq!(state(first.vmm_pid.unwrap()), 'T');
+    assert_eq!(agent.until_phase(b.vm, Phase::Running).phase, Phase::Running, "it waits");
+
+    // A new agent freezes again, and starts nothing that may run elsewhere.
+    agent.client.apply(plan(2, &[a.clone(), b.clone(), c.clone()])).unwrap();
+    agent.restart();
+    agent.until_phase(a.vm, Phase::Paused);
+    assert_eq!(agent.vmms().len(), 2);
+    agent.client.renew(Some(boottime_ms() + 600_000), Generation(2)).unwrap();
+    assert_eq!(agent.until_phase(a.vm, Phase::Running).vmm_pid, first.vmm_pid, "thawed, not started again");
+    agent.until_phase(c.vm, Phase::Running);
+
+    // After a boot the moment is lost, but not that there are leases.
+    agent.kill();
+    std::fs::remove_file(agent.folder.path().join("run/lease.json")).unwrap();
+    agent.start();
+    agent.until_phase(a.vm, Phase::Paused);
+    assert_eq!(state(first.vmm_pid.unwrap()), 'T');
+    assert!(agent.client.observe(0, 0, 0).unwrap().leased);
+    agent.client.renew(Some(boottime_ms() + 600_000), Generation(2)).unwrap();
+    agent.until_phase(a.vm, Phase::Running);
+
+    // What was placed elsewhere meanwhile is ended without being thawed.
+    agent.client.renew(None, Generation(2)).unwrap();
+    agent.client.renew(Some(1), Generation(2)).unwrap();
+    agent.until_phase(a.vm, Phase::Paused);
+    agent.client.apply(plan(3, std::slice::from_ref(&b))).unwrap();
+    agent.until("only the one that waits", |report| report.vms.len() == 1);
+    assert_eq!(agent.vmms().len(), 1);
+}
 
 fn with_content(agent: &Agent) {
     for part in CONTENT {

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-use blixard_agent_api::plan::NicPlan;
+use blixard_agent_api::plan::{NicPlan, OnLeaseEnd};
 use blixard_agent_api::{BlobRef, Epoch, Generation, HostPlan, Run, Start, VmPlan, VolumePlan};
 use blixard_api::vm::Desired;
 use blixard_netd_api::{NetworkSpec, NicId, NicSpec};
@@ -59,6 +59,7 @@ fn vm_plan(state: &State, vm: &VmRecord, resolvers: &[IpAddr]) -> VmPlan {
         resolvers: if nic.is_some() { resolvers.to_vec() } else { Vec::new() },
         nic,
         workload: vm.workload.clone(),
+        on_lease_end: OnLeaseEnd::RunOn,
     }
 }
 

@@ -22,6 +22,7 @@ fn told(number: u128, start: u64, phase: AgentPhase) -> VmReport {
         boot: BootTimes::default(),
         steps: vec![],
         memory_bytes: Some(1),
+        refused: false,
     }
 }
 
