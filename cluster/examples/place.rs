@@ -94,6 +94,7 @@ fn placed(number: u64, size: Size, placement: &Placement) -> Placed {
         accelerators: placement.accelerators.clone(),
         groups: placement.anti_affinity.clone(),
         priority: placement.priority,
+        stays: false,
     }
 }
 

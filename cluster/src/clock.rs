@@ -15,3 +15,9 @@ pub fn monotonic_us() -> u64 {
     let Ok(now) = clock_gettime(ClockId::CLOCK_MONOTONIC) else { return 0 };
     u64::try_from(Duration::from(now).as_micros()).unwrap_or(u64::MAX)
 }
+
+/// Milliseconds of CLOCK_BOOTTIME, which goes on while the host sleeps and is never set: the clock of leases.
+pub fn boottime_ms() -> u64 {
+    let Ok(now) = clock_gettime(ClockId::CLOCK_BOOTTIME) else { return 0 };
+    u64::try_from(Duration::from(now).as_millis()).unwrap_or(u64::MAX)
+}

@@ -6,8 +6,10 @@
 //! | [`raft`] | makes commands durable and agreed, then applies them | proposals |
 //! | [`state`] | what is agreed: pure commands on records | applied entries |
 //! | [`auth`] | keys and certificates of nodes, tokens of users | changes of trust, time |
-//! | [`scheduler`] | where VMs go: pure; not asked yet, VMs are placed where they are asked for | - |
+//! | [`scheduler`] | where VMs go: pure | requests, lost nodes, drains |
+//! | [`liveness`] | which nodes live, leases: pure | heartbeats, the clock |
 //! | [`host`] | sends this node's plan to its agent, brings reports back | each applied entry, each report |
+//! | [`upkeep`] | what the leader does by itself: placements, drains, restarts | each applied entry, the clock |
 //! | [`images`] | imports images and kernels, keeps content by digest | uploads |
 //! | [`node`] | builds all of these and ends them | the start, signals |
 //!
@@ -21,9 +23,11 @@ pub mod clock;
 pub mod config;
 pub mod host;
 pub mod images;
+pub mod liveness;
 pub mod metrics;
 pub mod node;
 pub mod raft;
 pub mod scheduler;
 pub mod state;
+pub mod upkeep;
 pub mod vm_metrics;

@@ -25,20 +25,23 @@ use crate::auth::{AuthError, random_hex};
 use crate::clock;
 use crate::config::Config;
 use crate::host::local::Local;
+use crate::host::renew::Renewer;
 use crate::host::sync::HostSync;
 use crate::host::{Agent, chain};
 use crate::images::Importer;
 use crate::images::blobs::{BlobError, BlobStore};
+use crate::liveness;
 use crate::metrics::Metrics;
 use crate::raft::peer::server::PeerServer;
 use crate::raft::{Consensus, ConsensusError, Opening, ProposeError, recover};
 use crate::state::apply::DEFAULT_NETWORK;
+use crate::state::command::PLACEMENT_LEVEL;
 use crate::state::{Command, MemberCommand, NetworkRecord, NodeId, Proposal, Refusal};
 
 /// Number of the node that makes a cluster.
 const FIRST_NODE: NodeId = 1;
-/// What this program understands. 1: clusters of one node. 2: commands about the cluster itself.
-pub const FEATURE_LEVEL: u32 = 2;
+/// What this program understands. 1: clusters of one node. 2: commands about the cluster itself. 3: placement and leases.
+pub const FEATURE_LEVEL: u32 = PLACEMENT_LEVEL;
 /// How long a member waits at its start for a leader that confirms what it has.
 const RECOVERY_MAX: Duration = Duration::from_secs(5);
 
@@ -158,6 +161,8 @@ async fn start(
 
     let local = Arc::new(Local::default());
     let agent: Arc<dyn Agent> = Arc::new(AgentClient::new(&config.agent));
+    let renewer =
+        Renewer { agent: Arc::clone(&agent), consensus: consensus.clone(), local: Arc::clone(&local) };
     let sync = HostSync {
         agent: Arc::clone(&agent),
         consensus: consensus.clone(),
@@ -172,7 +177,7 @@ async fn start(
         consensus: consensus.clone(),
         local,
         agent,
-        importer: Importer::new(blobs, config.init.clone()),
+        importer: Importer::new(blobs.clone(), config.init.clone()),
         default_kernel: tokio::sync::Mutex::default(),
         metrics: Metrics::new(&config.name)?,
         node_name: config.name.clone(),
@@ -187,7 +192,7 @@ async fn start(
     if let Some(tls) = &tls {
         let identity = tls.identity();
         let listener = port::listen(identity.bind).await?;
-        let peers = PeerServer::new(consensus.clone(), identity.cluster, raft, parts.clone());
+        let peers = PeerServer::new(consensus.clone(), identity.cluster, raft, blobs.clone(), parts.clone());
         let users = port::open(listener, tls.clone(), peers, parts.clone());
         tasks.spawn(serve::serve(users, port::for_users(router.clone(), Arc::clone(&api)), parts.clone()));
         tracing::info!(address = %identity.address, node = identity.node, "other nodes and users are served");
@@ -212,6 +217,10 @@ async fn start(
     tasks.spawn(sync.run(parts.clone()));
     tasks.spawn(keeper.run(parts.clone()));
     tasks.spawn(consensus.clone().keep_members(parts.clone()));
+    tasks.spawn(crate::upkeep::run(consensus.clone(), parts.clone()));
+    tasks.spawn(liveness::watch::beat(consensus.clone(), parts.clone()));
+    tasks.spawn(liveness::watch::detect(consensus.clone(), parts.clone()));
+    tasks.spawn(renewer.run(parts.clone()));
     tracing::info!(node = config.name, socket = %config.socket.display(), "ready");
     ready();
 

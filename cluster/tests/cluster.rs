@@ -13,7 +13,7 @@
 mod common;
 
 use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -21,64 +21,14 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use common::three::{founder, free_address, join_token, joined, leader_of, three, voters};
 use common::{Answer, Node, VMS, create, id};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-/// An address that nobody listens at.
-fn free_address() -> SocketAddr {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
-}
-
-fn join_token(node: &Node) -> String {
-    let answer = node.post("/v1/join-tokens", &json!({}));
-    assert_eq!(answer.status, 201, "{}", answer.text());
-    answer.json()["token"].as_str().unwrap().to_owned()
-}
-
-/// A node that founds a cluster which others can join.
-fn founder(zone: &str) -> Node {
-    let address = free_address().to_string();
-    let label = format!("zone={zone}");
-    let node = Node::named("one", &[], &["--address", &address, "--label", &label]);
-    node.until("it says where it is", || node.get("/v1/nodes/one").json()["address"] == *address);
-    node
-}
-
-fn joined(name: &str, token: &str) -> Node {
-    let (address, label) = (free_address().to_string(), format!("zone={name}"));
-    Node::named(name, &[], &["--address", &address, "--label", &label, "--join", token])
-}
-
-fn voters(node: &Node) -> Vec<Value> {
-    node.get("/v1/cluster").json()["voters"].as_array().unwrap().clone()
-}
-
-/// Three voters, with an image and a kernel.
-fn three() -> Vec<Node> {
-    let one = founder("one");
-    one.add_content();
-    let two = joined("two", &join_token(&one));
-    let three = joined("three", &join_token(&one));
-    let nodes = vec![one, two, three];
-    for node in &nodes {
-        node.until("all three vote", || voters(node).len() == 3);
-    }
-    nodes
-}
-
 /// Waits until a node has started its parts anew with an identity.
 fn served(node: &Node) {
     node.until("it serves others", || !node.logged("other nodes and users are served").is_empty());
-}
-
-fn leader_of(nodes: &[Node]) -> usize {
-    let leader = || {
-        let leader = nodes[0].get("/v1/cluster").json()["leader"].clone();
-        nodes.iter().position(|node| leader == node.name())
-    };
-    nodes[0].until("somebody leads", || leader().is_some());
-    leader().unwrap()
 }
 
 #[test]
@@ -386,12 +336,19 @@ fn an_empty_node_leaves_its_own_cluster_for_another_one_at_run_time() {
 #[test]
 fn one_survivor_of_three_goes_on_by_an_explicit_command() {
     let mut nodes = three();
-    assert_eq!(nodes[2].post(VMS, &create(1, "a")).status, 201);
+    // Elsewhere it would keep its node from being forgotten.
+    let on_three = |number, name| {
+        let mut body = create(number, name);
+        body["spec"]["placement"] =
+            json!({"constraints": [{"key": "node", "op": "equal", "value": "three"}]});
+        body
+    };
+    assert_eq!(nodes[2].post(VMS, &on_three(1, "a")).status, 201);
     let mut survivor = nodes.pop().unwrap();
     for node in &mut nodes {
         node.kill();
     }
-    let lost = survivor.post(VMS, &create(2, "b"));
+    let lost = survivor.post(VMS, &on_three(2, "b"));
     assert_eq!(lost.status, 503, "{}", lost.text());
     assert!(survivor.terminate());
     let output = Command::new(env!("CARGO_BIN_EXE_blixard-node"))
@@ -403,7 +360,7 @@ fn one_survivor_of_three_goes_on_by_an_explicit_command() {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     survivor.start();
     assert_eq!(survivor.get(&format!("{VMS}/a")).status, 200);
-    assert_eq!(survivor.post(VMS, &create(2, "b")).status, 201);
+    assert_eq!(survivor.post(VMS, &on_three(2, "b")).status, 201);
     survivor.until("the others are forgotten", || {
         survivor.get("/v1/nodes").json()["items"].as_array().unwrap().len() == 1
     });

@@ -24,6 +24,7 @@ pub use transport::Stream;
 pub use upload::Upload;
 
 use crate::image::{ImageView, KernelView};
+use crate::placement::PlacementView;
 use crate::server::{Finding, Health, Version};
 use crate::vm::{CreateVm, StopVm, VmView};
 use crate::{Page, UPLOAD_BYTES_MAX, WAIT_MS_MAX};
@@ -93,6 +94,14 @@ impl Client {
     /// See [`ClientError`]; 409 a name twice, 422 a wrong field, 507 no capacity.
     pub async fn create_vm(&self, project: &str, vm: &CreateVm) -> Result<VmView, ClientError> {
         self.mutate(Call::new(Method::POST, vms(project)).json(vm)?).await
+    }
+
+    /// Where a VM would go, and why not elsewhere.
+    ///
+    /// # Errors
+    /// See [`ClientError`]; 422 a wrong field.
+    pub async fn explain_vm(&self, project: &str, vm: &CreateVm) -> Result<PlacementView, ClientError> {
+        self.mutate(Call::new(Method::POST, format!("{}?dry_run=true", vms(project))).json(vm)?).await
     }
 
     /// All VMs of a project that have all of `labels` (`key=value`), in order of name, and the revision of the list.

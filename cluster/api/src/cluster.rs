@@ -137,6 +137,29 @@ impl std::fmt::Display for NodeRole {
     }
 }
 
+/// Whether a node answers.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum NodeState {
+    /// It does.
+    #[default]
+    Up,
+    /// It may not: it gets no new VMs.
+    Suspected,
+    /// It does not, and its lease has ended: its VMs are started elsewhere.
+    Down,
+}
+
+impl std::fmt::Display for NodeState {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Up => "up",
+            Self::Suspected => "suspected",
+            Self::Down => "down",
+        })
+    }
+}
+
 /// A node.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NodeView {
@@ -153,6 +176,15 @@ pub struct NodeView {
     pub labels: BTreeMap<String, String>,
     /// It gets no new VMs.
     pub cordoned: bool,
+    /// Its VMs are being moved away.
+    #[serde(default)]
+    pub draining: bool,
+    /// Whether it answers.
+    #[serde(default)]
+    pub status: NodeState,
+    /// Its agent freezes VMs when the node is cut off: only then are they started elsewhere without an operator.
+    #[serde(default)]
+    pub leased: bool,
     /// Version of its program.
     pub version: String,
     /// Highest feature level that its program knows.

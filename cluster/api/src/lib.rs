@@ -6,7 +6,7 @@
 //! |---|---|
 //! | `GET /v1/version` | [`server::Version`] |
 //! | `GET /v1/health` | [`server::Health`]: 200 when this node serves, 503 when not |
-//! | `POST /v1/projects/{p}/vms` | [`vm::CreateVm`] → 201 [`vm::VmView`]; the same id and spec again: 200 |
+//! | `POST /v1/projects/{p}/vms` | [`vm::CreateVm`] → 201 [`vm::VmView`]; the same id and spec again: 200; `?dry_run=true` → [`placement::PlacementView`] |
 //! | `GET /v1/projects/{p}/vms` | `?limit&cursor&label=k=v` → [`Page`] of [`vm::VmView`] |
 //! | `GET /v1/projects/{p}/vms/{name}` | [`vm::VmView`]; `?wait=ready,stopped&timeout_ms=N` answers at the first such moment, or 408 |
 //! | `DELETE /v1/projects/{p}/vms/{name}` | `?force=true` also when it runs → 202 [`vm::VmView`]; gone when a GET answers 404 (`?wait=gone`) |
@@ -30,7 +30,10 @@
 //! | `POST /v1/tokens`, `GET /v1/tokens`, `DELETE /v1/tokens/{name}` | [`cluster::TokenView`]: tokens for this API |
 //! | `POST /v1/node:join` | [`cluster::JoinCluster`]: this node leaves its own empty cluster for another one (Unix socket only) |
 //! | `GET /v1/nodes`, `GET /v1/nodes/{name}`, `DELETE /v1/nodes/{name}` | [`cluster::NodeView`] |
-//! | `POST /v1/nodes/{name}:cordon`, `:uncordon` | [`cluster::NodeView`] |
+//! | `POST /v1/nodes/{name}:cordon`, `:uncordon` | [`cluster::NodeView`]; `:uncordon` also ends a drain |
+//! | `POST /v1/nodes/{name}:drain` | [`placement::DrainNode`] → [`cluster::NodeView`]: its VMs are moved away |
+//! | `POST /v1/nodes/{name}:down` | [`cluster::NodeView`]: an operator says that nothing runs there any more |
+//! | `GET /v1/nodes/{name}/policy`, `PUT …` | [`placement::NodePolicy`]; PUT → [`cluster::NodeView`] |
 //! | `GET /v1/watch?after=R` | NDJSON of [`watch::Event`], 410 when R is no longer known |
 //!
 //! `{name}` is a name, an id, or an unambiguous prefix of an id of at least 4 characters. Every answer has a

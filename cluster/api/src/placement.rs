@@ -405,42 +405,6 @@ pub enum RestartWhen {
     Always,
 }
 
-/// How a VM is found to be healthy: a command inside that ends with 0.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct HealthCheck {
-    /// Program and arguments.
-    pub command: Vec<String>,
-    /// Pause between checks in milliseconds.
-    #[serde(default = "interval_default")]
-    pub interval_ms: u64,
-    /// Longest time of one check in milliseconds.
-    #[serde(default = "timeout_default")]
-    pub timeout_ms: u64,
-    /// How many failures in a row make it unhealthy.
-    #[serde(default = "failures_default")]
-    pub failures: u32,
-    /// How often an unhealthy VM is restarted where it is before it is placed elsewhere.
-    #[serde(default = "restarts_default")]
-    pub restarts: u32,
-}
-
-fn interval_default() -> u64 {
-    10_000
-}
-
-fn timeout_default() -> u64 {
-    5_000
-}
-
-fn failures_default() -> u32 {
-    3
-}
-
-fn restarts_default() -> u32 {
-    2
-}
-
 /// What an operator says about a node.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]

@@ -8,6 +8,8 @@ use blixard_vmm_api::guest::WorkloadExit;
 use blixard_vmm_api::{ExitReason, VmId};
 use serde::{Deserialize, Serialize};
 
+use crate::placement::{Placement, Restart};
+
 /// Body of a create request. Repeating it with the same id and spec is harmless.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -63,6 +65,12 @@ pub struct VmSpec {
     /// Labels for selection: at most 64, keys and values up to 128 characters.
     #[serde(default)]
     pub labels: BTreeMap<String, String>,
+    /// What it asks of its place.
+    #[serde(default, skip_serializing_if = "Placement::is_default")]
+    pub placement: Placement,
+    /// What happens when it ends although it shall run.
+    #[serde(default, skip_serializing_if = "Restart::is_default")]
+    pub restart: Restart,
 }
 
 fn vcpus_default() -> u8 {

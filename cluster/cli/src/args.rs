@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::node::Place;
 use crate::{cluster, units};
 
 /// Private microVM cloud: `blixard run IMAGE` gives you a virtual machine with a kernel of its own.
@@ -180,6 +181,8 @@ pub struct Run {
     /// Words to add to the kernel's command line
     #[arg(long, value_name = "WORDS", default_value = "", hide_default_value = true)]
     pub cmdline: String,
+    #[command(flatten)]
+    pub place: Place,
     /// With --detach: what to wait for before returning
     #[arg(long, value_enum, value_name = "MOMENT", default_value = "none")]
     pub wait: StartWait,
@@ -485,6 +488,11 @@ mod tests {
             "node rm a b",
             "token create ci --ttl 30m",
             "-H https://192.0.2.1:7440 --token t ps",
+            "run --dry-run --explain --constraint zone=a --toleration gpu --anti-affinity web:zone --priority 7 img",
+            "run -d --accelerator gpu=2 --preempt cost-aware --restart on-failure --on-node-loss wait img",
+            "node cordon a",
+            "node drain --grace 60s a",
+            "node set --label zone=a --taint gpu:no-schedule --overcommit-memory 150 a",
             "doctor --fix",
             "dev --state s --run r --keep",
             "dev -- make test",

@@ -142,6 +142,8 @@ pub enum Node {
         #[arg(required = true, value_name = "NODE")]
         names: Vec<String>,
     },
+    #[command(flatten)]
+    Operate(crate::node::Operate),
 }
 
 /// `cluster`.
@@ -347,6 +349,7 @@ pub async fn node(context: &Context, command: Node) -> Result<u8, CliError> {
                 output.line(&client.cordon(name, false).await?.name)?;
             }
         }
+        Node::Operate(command) => return crate::node::operate(context, command).await,
         Node::Rm { names } => {
             for name in &names {
                 output.line(&client.remove_node(name).await?.name)?;
@@ -357,7 +360,7 @@ pub async fn node(context: &Context, command: Node) -> Result<u8, CliError> {
 }
 
 fn table(nodes: &[NodeView], wide: bool) -> String {
-    let mut head = vec!["NAME", "ROLE", "ADDRESS", "VMS", "SCHEDULES", "VERSION"];
+    let mut head = vec!["NAME", "ROLE", "ADDRESS", "STATUS", "VMS", "SCHEDULES", "VERSION"];
     if wide {
         head.extend(["ID", "LEVEL", "LABELS", "HEARD"]);
     }
@@ -367,8 +370,15 @@ fn table(nodes: &[NodeView], wide: bool) -> String {
             node.name.clone(),
             node.role.to_string(),
             node.address.map(|address| address.to_string()).unwrap_or_default(),
+            node.status.to_string(),
             node.vms.to_string(),
-            if node.cordoned { "no".into() } else { "yes".into() },
+            if node.draining {
+                "draining".into()
+            } else if node.cordoned {
+                "no".into()
+            } else {
+                "yes".into()
+            },
             node.version.clone(),
         ];
         if wide {
@@ -383,7 +393,7 @@ fn table(nodes: &[NodeView], wide: bool) -> String {
 
 #[cfg(test)]
 mod tests {
-    use blixard_api::cluster::NodeRole;
+    use blixard_api::cluster::{NodeRole, NodeState};
 
     use super::*;
 
@@ -396,13 +406,19 @@ mod tests {
             address: Some("192.0.2.1:7440".parse().unwrap()),
             labels: [("zone".to_owned(), "z".to_owned())].into(),
             cordoned: true,
+            draining: false,
+            status: NodeState::Suspected,
+            leased: true,
             version: "0.1.0".into(),
             feature_level: 2,
             vms: 3,
             heard_ms_ago: None,
         };
         let text = table(std::slice::from_ref(&node), false);
-        assert!(text.contains("a      leader   192.0.2.1:7440   3     no          0.1.0"), "{text}");
+        assert!(
+            text.contains("a      leader   192.0.2.1:7440   suspected   3     no          0.1.0"),
+            "{text}"
+        );
         assert!(table(&[node], true).contains("zone=z"));
     }
 }

@@ -14,6 +14,7 @@ mod follow;
 mod image;
 mod kernel;
 mod list;
+mod node;
 mod output;
 mod programs;
 mod progress;

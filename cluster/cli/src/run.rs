@@ -14,6 +14,7 @@ use crate::console::{self, ConsoleEnd};
 use crate::error::{CliError, code};
 use crate::follow::{Subject, ended, exit_code};
 use crate::list::now_ms;
+use crate::node;
 use crate::progress::Progress;
 use crate::terminal::RawMode;
 
@@ -32,6 +33,9 @@ pub async fn run(context: &Context, options: Run) -> Result<u8, CliError> {
         name: options.name.clone(),
         spec: spec(&options)?,
     };
+    if options.place.dry_run || options.place.explain {
+        return node::explain(context, &request, &options.place).await;
+    }
     let created =
         context.client.create_vm(&context.project, &request).await.map_err(|e| advise(e, &options))?;
     if options.detach {
@@ -78,6 +82,8 @@ fn spec(options: &Run) -> Result<VmSpec, CliError> {
         network: options.network.clone(),
         cmdline: options.cmdline.clone(),
         labels: options.label.iter().cloned().collect(),
+        placement: options.place.placement(),
+        restart: options.place.restart(),
     })
 }
 

@@ -203,6 +203,13 @@ impl From<Refusal> for Failure {
             }
             Refusal::Leaving(_) => Self::conflict(text).suggest("wait until it is gone"),
             Refusal::InUse { .. } => Self::conflict(text).suggest("remove these VMs first"),
+            Refusal::NoRoom { .. } => Self::no_capacity(text)
+                .suggest("remove or stop VMs, add a node, or see why: blixard run --dry-run --explain"),
+            Refusal::Epoch { .. } | Refusal::NotReleased(_) | Refusal::NotSuspected(_) => {
+                Self::conflict(text)
+            }
+            Refusal::TooManyDown { .. } => Self::conflict(text)
+                .suggest("look at the network first; an operator may say so: blixard node down --force NODE"),
             Refusal::KeyReused => Self::conflict(text).suggest("use a new key for a new request"),
         }
     }

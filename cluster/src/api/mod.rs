@@ -3,6 +3,7 @@
 //! * [`serve`]: sockets and connections
 //! * [`body`], [`query`], [`error`], [`mutate`]: what requests share
 //! * [`vms`], [`validate`], [`view`], [`wait`]: VMs
+//! * [`placement`]: where VMs go, and what operators say about nodes
 //! * [`streams`], [`logs`], [`watch`]: what goes on longer than a request
 //! * [`content`]: images and kernels
 //! * [`cluster`], [`nodes`]: the cluster itself
@@ -16,6 +17,7 @@ pub mod error;
 pub mod logs;
 pub mod mutate;
 pub mod nodes;
+pub mod placement;
 pub mod port;
 pub mod query;
 pub mod serve;
@@ -110,6 +112,7 @@ pub fn router(api: Shared) -> Router {
         .route("/v1/join-tokens/{name}", delete(nodes::delete_join_token))
         .route("/v1/tokens", get(nodes::list_api_tokens).post(nodes::create_api_token))
         .route("/v1/tokens/{name}", delete(nodes::delete_api_token))
+        .route("/v1/nodes/{name}/policy", get(placement::policy).put(placement::set_policy))
         .route("/metrics", get(server::metrics))
         .method_not_allowed_fallback(wrong_method)
         .fallback(wrong_path)

@@ -9,7 +9,7 @@ use sha2::{Digest as _, Sha256};
 use super::Api;
 use super::error::Failure;
 use crate::clock;
-use crate::state::{Answer, Command, Key, Proposal};
+use crate::state::{Answer, Command, Key, Outcome, Proposal};
 
 /// Longest idempotency key in characters.
 const KEY_MAX: usize = 128;
@@ -69,10 +69,19 @@ impl Api {
     /// # Errors
     /// What the state refused, or 503.
     pub async fn propose(&self, key: Option<Key>, command: Command) -> Result<(u64, Answer), Failure> {
+        let (revision, outcome) = self.propose_raw(key, command).await?;
+        Ok((revision, outcome?))
+    }
+
+    /// The same, for callers that do something about a refusal.
+    ///
+    /// # Errors
+    /// 503.
+    pub async fn propose_raw(&self, key: Option<Key>, command: Command) -> Result<(u64, Outcome), Failure> {
         let kind = command.kind();
         let proposal = Proposal { now_ms: clock::now_ms(), key, command };
         let (revision, outcome) = self.consensus.propose(proposal).await?;
         self.metrics.command(kind, outcome.is_ok());
-        Ok((revision, outcome?))
+        Ok((revision, outcome))
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use axum::extract::{Path, Request, State};
 use axum::http::{StatusCode, Uri};
 use axum::response::Response;
-use blixard_api::cluster::{CreateToken, NodeRole, NodeView, TokenView};
+use blixard_api::cluster::{CreateToken, NodeRole, NodeState, NodeView, TokenView};
 use blixard_api::token::{Access, ApiToken, JoinToken};
 use blixard_api::{Page, check_name};
 
@@ -16,7 +16,8 @@ use crate::auth::{random_hex, sha256_hex};
 use crate::clock;
 use crate::host::chain;
 use crate::state::{
-    Answer, ApiTokenRecord, Command, JoinTokenRecord, MemberCommand, NodeRecord, State as ClusterState,
+    Answer, ApiTokenRecord, Command, JoinTokenRecord, MemberCommand, NodeRecord, NodeStatus,
+    State as ClusterState,
 };
 
 /// How long a join token is valid when nothing is said, and at most, in milliseconds.
@@ -50,15 +51,19 @@ pub async fn get(State(api): State<Shared>, Path(name): Path<String>, uri: Uri) 
 }
 
 /// `POST /v1/nodes/{name}:{verb}`
-pub async fn act(State(api): State<Shared>, Path(word): Path<String>, uri: Uri) -> Result<Response, Failure> {
-    Parameters::of(&uri, &[])?;
+pub async fn act(
+    State(api): State<Shared>,
+    Path(word): Path<String>,
+    request: Request,
+) -> Result<Response, Failure> {
+    let (parts, content) = request.into_parts();
+    Parameters::of(&parts.uri, &[])?;
+    let bytes = body::read(&parts.headers, content).await?;
     let (name, verb) = word.split_once(':').unwrap_or((word.as_str(), ""));
     let cordoned = match verb {
         "cordon" => true,
         "uncordon" => false,
-        other => {
-            return Err(Failure::not_found(format!("a node knows no {other:?}")).suggest(":cordon :uncordon"));
-        }
+        other => return super::placement::operate(&api, name, other, &parts, &bytes).await,
     };
     let node = api.node_id(name)?;
     api.change_node(MemberCommand::Cordon { node, cordoned }).await
@@ -90,7 +95,7 @@ impl Api {
         Ok(answer(StatusCode::OK, revision, &self.node_view(&state, &node)))
     }
 
-    fn node_view(&self, state: &ClusterState, node: &NodeRecord) -> NodeView {
+    pub(super) fn node_view(&self, state: &ClusterState, node: &NodeRecord) -> NodeView {
         let (voters, heard) = self.consensus.standing();
         NodeView {
             name: node.name.clone(),
@@ -105,6 +110,13 @@ impl Api {
             address: node.address,
             labels: node.labels.clone(),
             cordoned: node.cordoned,
+            draining: node.offer.drain_grace_ms.is_some(),
+            leased: node.offer.leased,
+            status: match node.offer.status {
+                NodeStatus::Up => NodeState::Up,
+                NodeStatus::Suspected => NodeState::Suspected,
+                NodeStatus::Down => NodeState::Down,
+            },
             version: node.version.clone(),
             feature_level: node.feature_level,
             vms: state.vms().filter(|vm| vm.node == node.id).count(),

@@ -93,6 +93,7 @@ pub fn spec(state: &State, spec: &VmSpec, without: &[String], found: &mut Vec<De
         wrong(field, "bad_format", error.problem);
     }
     labels(&spec.labels, &mut wrong);
+    super::placement::check(spec, &mut wrong);
 }
 
 fn labels(labels: &BTreeMap<String, String>, wrong: &mut impl FnMut(&str, &str, String)) {

@@ -24,7 +24,10 @@ pub fn view(api: &Api, state: &State, host: &Host, vm: &VmRecord) -> VmView {
         desired: vm.desired,
         phase: observed.phase,
         reason: reason(host, here, vm, current),
-        node: state.node(vm.node).map(|node| node.name.clone()),
+        node: state
+            .node(vm.node)
+            .filter(|_| vm.upkeep.leaving.is_none_or(|leaving| !leaving.released))
+            .map(|node| node.name.clone()),
         epoch: vm.epoch,
         start: vm.start,
         image_digest: vm.pins.image.digest.to_string(),

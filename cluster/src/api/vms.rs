@@ -31,7 +31,7 @@ pub async fn create(
     request: Request,
 ) -> Result<Response, Failure> {
     let (parts, content) = request.into_parts();
-    Parameters::of(&parts.uri, &[])?;
+    let dry_run = Parameters::of(&parts.uri, &["dry_run"])?.flag("dry_run")?;
     let bytes = body::read(&parts.headers, content).await?;
     let request_us = clock::monotonic_us();
     let key = mutate::key(&parts, &bytes)?;
@@ -40,13 +40,15 @@ pub async fn create(
     }
     let parsed: body::Parsed<CreateVm> = body::parse(&bytes)?;
     let wanted = api.check(&project, parsed)?;
+    if dry_run {
+        let revision = api.consensus.replica().state().revision();
+        return Ok(answer(StatusCode::OK, revision, &api.explain(&project, &wanted.spec)));
+    }
     if wanted.spec.kernel.as_deref().unwrap_or(DEFAULT_KERNEL) == DEFAULT_KERNEL {
         api.ensure_default_kernel().await?;
     }
     let name = wanted.name.unwrap_or_else(|| default_name(wanted.id));
-    let (id, node) = (wanted.id, api.consensus.node());
-    let command = Command::CreateVm { id, project, name, spec: Box::new(wanted.spec), node };
-    let (revision, done) = api.propose(key, command).await?;
+    let (revision, done) = api.create_placed(key, wanted.id, project, name, wanted.spec).await?;
     if let Answer::Vm { vm, created: true } = &done {
         api.local.requested(vm.id, vm.start, request_us);
     }
@@ -315,14 +317,23 @@ impl Api {
                 failure
             });
         }
-        let has = self.local.host().seen.map(|seen| seen.report.capacity.memory_mib).filter(|mib| *mib > 0);
-        if let Some(has) = has.filter(|has| u64::from(wanted.spec.memory_mib) > *has) {
-            let text = format!(
-                "{} MiB of memory asked for, node {} has {has} MiB",
-                wanted.spec.memory_mib, self.node_name
-            );
+        if let Some(has) = self.most_memory().filter(|has| u64::from(wanted.spec.memory_mib) > *has) {
+            let asked = wanted.spec.memory_mib;
+            let text = format!("{asked} MiB of memory asked for, no node has more than {has} MiB");
             return Err(Failure::no_capacity(text).suggest("ask for less memory"));
         }
         Ok(wanted)
+    }
+
+    /// The most memory in MiB that a node has; `None` while one has not told.
+    fn most_memory(&self) -> Option<u64> {
+        // What this node's own agent said may be newer than what was agreed.
+        let here = self.local.host().seen.map(|seen| seen.report.capacity.memory_mib).filter(|mib| *mib > 0);
+        let state = self.consensus.replica().state();
+        let of = |node: &Arc<crate::state::NodeRecord>| {
+            let own = here.filter(|_| node.id == self.consensus.node());
+            own.or(node.offer.capacity.map(|capacity| capacity.memory_mib))
+        };
+        state.nodes().map(of).collect::<Option<Vec<u64>>>()?.into_iter().max()
     }
 }

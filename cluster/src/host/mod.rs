@@ -1,17 +1,21 @@
 //! This node's dialogue with its agent: plan down, reports up.
 //!
 //! * [`plan`]: pure, state → [`HostPlan`]
+//! * [`feed`]: the stream of this node's plan, from the replica here or later from elsewhere
 //! * [`local`]: what this node knows of its VMs and keeps to itself (usage, moments, whether the agent answers)
+//! * [`renew`]: the lease of this host
 //! * [`sync`]: the loops
 
+pub mod feed;
 pub mod local;
 pub mod plan;
+pub mod renew;
 pub mod sync;
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
 
-use blixard_agent_api::{AgentClient, AgentError, BlobRef, Finding, HostPlan, HostReport};
+use blixard_agent_api::{AgentClient, AgentError, BlobRef, Finding, Generation, HostPlan, HostReport};
 use blixard_api::VmId;
 use blixard_vmm_api::stats::Sample;
 
@@ -27,6 +31,11 @@ pub trait Agent: Send + Sync + 'static {
     /// # Errors
     /// See [`AgentError`].
     fn observe(&self, agent_instance: u64, revision: u64, wait_ms: u64) -> Result<HostReport, AgentError>;
+    /// VMs that may be started elsewhere may run until this moment of CLOCK_BOOTTIME, if the agent's plan is this new.
+    ///
+    /// # Errors
+    /// See [`AgentError`].
+    fn renew(&self, until_ms: Option<u64>, generation: Generation) -> Result<(), AgentError>;
     /// Keep this content.
     ///
     /// # Errors
@@ -66,6 +75,10 @@ impl Agent for AgentClient {
 
     fn observe(&self, agent_instance: u64, revision: u64, wait_ms: u64) -> Result<HostReport, AgentError> {
         self.observe(agent_instance, revision, wait_ms)
+    }
+
+    fn renew(&self, until_ms: Option<u64>, generation: Generation) -> Result<(), AgentError> {
+        self.renew(until_ms, generation)
     }
 
     fn put_blob(&self, blob: BlobRef, file: &File) -> Result<(), AgentError> {

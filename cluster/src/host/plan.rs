@@ -5,6 +5,7 @@ use std::net::IpAddr;
 
 use blixard_agent_api::plan::{NicPlan, OnLeaseEnd};
 use blixard_agent_api::{BlobRef, Epoch, Generation, HostPlan, Run, Start, VmPlan, VolumePlan};
+use blixard_api::placement::OnNodeLoss;
 use blixard_api::vm::Desired;
 use blixard_netd_api::{NetworkSpec, NicId, NicSpec};
 
@@ -15,7 +16,7 @@ use crate::state::{NetworkRecord, NicRecord, NodeId, State, VmRecord};
 /// Equal generations mean equal plans: every command that changes what is read here also changes the generation.
 pub fn plan_for(state: &State, node: NodeId, resolvers: &[IpAddr]) -> Option<HostPlan> {
     let record = state.node(node)?;
-    let here = |vm: &&std::sync::Arc<VmRecord>| vm.node == node && vm.desired != Desired::Gone;
+    let here = |vm: &&std::sync::Arc<VmRecord>| vm.node == node && vm.unlisted_since == 0;
     let vms = state.vms().filter(here).map(|vm| vm_plan(state, vm, resolvers)).collect();
     // Content is sent before the first VM asks for it, so that a start does not wait for a copy.
     let mut blobs: BTreeSet<BlobRef> = state.images().map(|image| image.blob).collect();
@@ -44,7 +45,10 @@ fn vm_plan(state: &State, vm: &VmRecord, resolvers: &[IpAddr]) -> VmPlan {
         name: vm.name.clone(),
         epoch: Epoch(vm.epoch),
         run: match vm.desired {
-            Desired::Running => Run::Running,
+            Desired::Running => match vm.upkeep.leaving {
+                Some(leaving) => Run::Stopped { grace_ms: leaving.grace_ms },
+                None => Run::Running,
+            },
             Desired::Stopped | Desired::Gone => Run::Stopped { grace_ms: vm.grace_ms },
         },
         start: Start(vm.start),
@@ -59,7 +63,10 @@ fn vm_plan(state: &State, vm: &VmRecord, resolvers: &[IpAddr]) -> VmPlan {
         resolvers: if nic.is_some() { resolvers.to_vec() } else { Vec::new() },
         nic,
         workload: vm.workload.clone(),
-        on_lease_end: OnLeaseEnd::RunOn,
+        on_lease_end: match vm.spec.placement.on_node_loss {
+            OnNodeLoss::Restart => OnLeaseEnd::Freeze,
+            OnNodeLoss::Wait => OnLeaseEnd::RunOn,
+        },
     }
 }
 

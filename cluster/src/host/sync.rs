@@ -11,19 +11,23 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use blixard_agent_api::{AgentError, BlobRef, HostReport, Phase as AgentPhase, ProblemKind, VmReport};
+use blixard_agent_api::{
+    AgentError, BlobRef, HostPlan, HostReport, Phase as AgentPhase, ProblemKind, VmReport,
+};
+use blixard_api::placement::Arch;
 use blixard_api::vm::{Desired, Phase};
-use futures::StreamExt;
+use futures::{FutureExt, StreamExt};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use super::feed::{PlanFeed, ReplicaFeed};
 use super::local::{Link, Local};
-use super::plan::plan_for;
 use super::{Agent, chain};
 use crate::clock;
 use crate::images::blobs::BlobStore;
 use crate::raft::Consensus;
-use crate::state::{Command, Observed, Proposal, State, VmRecord};
+use crate::state::placement::{NodeChange, VmChange};
+use crate::state::{Capacity, Command, Observed, Proposal, State, VmRecord};
 
 /// How long one question for a newer report waits.
 const OBSERVE_WAIT_MS: u64 = 30_000;
@@ -74,32 +78,29 @@ async fn blocking<T: Send + 'static>(
 impl HostSync {
     /// Runs until `stop`.
     pub async fn run(self, stop: CancellationToken) {
-        let all = async { tokio::join!(self.send_plans(), self.watch_reports(), self.record()) };
+        let feed = ReplicaFeed::new(self.consensus.clone(), self.resolvers.clone());
+        let all = async { tokio::join!(self.send_plans(feed), self.watch_reports(), self.record()) };
         stop.run_until_cancelled(all).await;
     }
 
-    async fn send_plans(&self) {
-        let mut revisions = self.consensus.replica().revisions();
+    async fn send_plans(&self, mut feed: impl PlanFeed) {
         let mut hosts = self.local.changes();
         let mut backoff = Backoff::new();
+        let mut newest: Option<HostPlan> = None;
         let mut sent = None;
         loop {
-            revisions.mark_unchanged();
             hosts.mark_unchanged();
             let instance = self.local.host().seen.map(|seen| seen.report.agent_instance);
-            let node = self.consensus.node();
-            let wanted = self.consensus.replica().state().node(node).map(|n| n.plan_generation);
-            let news = wanted.is_some() && sent != wanted.map(|w| (w, instance));
-            let plan =
-                news.then(|| plan_for(&self.consensus.replica().state(), node, &self.resolvers)).flatten();
-            let Some(plan) = plan else {
+            let have = newest.as_ref().map(|plan| plan.generation.0);
+            let unsent = newest.as_ref().filter(|plan| sent != Some((plan.generation.0, instance)));
+            let Some(plan) = unsent.cloned() else {
                 // Either sender lives as long as the node; if one is gone the node is ending.
-                let changed = tokio::select! {
-                    changed = revisions.changed() => changed,
-                    changed = hosts.changed() => changed,
-                };
-                if changed.is_err() {
-                    return;
+                tokio::select! {
+                    plan = feed.next(have) => match plan {
+                        Some(plan) => newest = Some(plan),
+                        None => return,
+                    },
+                    changed = hosts.changed() => if changed.is_err() { return },
                 }
                 continue;
             };
@@ -126,6 +127,10 @@ impl HostSync {
                     self.local.lost(chain(&error));
                     backoff.pause().await;
                 }
+            }
+            // After a pause there may be a newer plan; it is not waited for.
+            if let Some(Some(plan)) = feed.next(Some(generation.0)).now_or_never() {
+                newest = Some(plan);
             }
         }
     }
@@ -212,6 +217,12 @@ impl HostSync {
     async fn send(self, blob: BlobRef) -> (BlobRef, bool) {
         let (agent, blobs) = (Arc::clone(&self.agent), self.blobs.clone());
         let digest = blob.digest;
+        if blobs.open(digest).is_err()
+            && let Err(error) = self.consensus.fetch_content(blob, &blobs).await
+        {
+            tracing::warn!(%digest, "content is neither here nor on another node: {error}");
+            return (blob, false);
+        }
         let sent = tokio::task::spawn_blocking(move || {
             let file = blobs.open(digest).map_err(|e| chain(&e))?;
             agent.put_blob(blob, &file).map_err(|e| chain(&e))
@@ -232,9 +243,17 @@ impl HostSync {
 /// Pure: what of a report is worth replicating.
 fn news(state: &State, node: u64, report: &HostReport) -> Vec<Command> {
     let mut commands = Vec::new();
+    commands.extend(node_news(state, node, report));
     for told in &report.vms {
         let Some(vm) = state.vm(told.vm) else { continue };
         let observed = observed(told);
+        let current = vm.node == node && vm.epoch == told.epoch.0 && vm.unlisted_since == 0;
+        let refused = told.refused && current && told.phase == AgentPhase::Failed && state.places();
+        if refused && state.goes_elsewhere(vm, told.start.0) {
+            let change = VmChange::Refused { start: told.start.0 };
+            commands.push(Command::Vm { id: vm.id, epoch: vm.epoch, change });
+            continue;
+        }
         if vm.node == node && vm.epoch == told.epoch.0 && vm.is_news(&observed) && differs(vm, &observed) {
             let epoch = told.epoch.0;
             commands.push(Command::RecordReport { id: vm.id, node, epoch, observed: Box::new(observed) });
@@ -246,7 +265,32 @@ fn news(state: &State, node: u64, report: &HostReport) -> Vec<Command> {
             commands.push(Command::ForgetVm { id: vm.id, epoch: vm.epoch });
         }
     }
+    for vm in state.vms().filter(|vm| vm.node == node && vm.desired != Desired::Gone && vm.unlisted_since > 0)
+    {
+        let waits = vm.upkeep.leaving.is_some_and(|leaving| !leaving.released);
+        let confirmed = report.generation.0 >= vm.unlisted_since;
+        if waits && confirmed && !report.vms.iter().any(|told| told.vm == vm.id) {
+            commands.push(Command::Vm { id: vm.id, epoch: vm.epoch, change: VmChange::Released });
+        }
+    }
     commands
+}
+
+/// What the host has, when the state knows something else. Free memory is not part of it: it changes all the time.
+fn node_news(state: &State, node: u64, report: &HostReport) -> Option<Command> {
+    if !state.places() {
+        return None;
+    }
+    let has = report.capacity;
+    let known = state.node(node)?.offer.capacity;
+    let capacity = Capacity {
+        cpus: has.cpus,
+        memory_mib: has.memory_mib,
+        disk_mib: has.disk_bytes >> 20,
+        arch: if cfg!(target_arch = "aarch64") { Arch::Aarch64 } else { Arch::X86_64 },
+    };
+    (has.memory_mib > 0 && known != Some(capacity))
+        .then_some(Command::Node { node, change: NodeChange::Capacity(capacity) })
 }
 
 /// A reason alone may change often (a copy that goes on) and is read from the report here; it is replicated along with

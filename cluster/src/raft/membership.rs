@@ -193,7 +193,7 @@ mod tests {
                 public_key: Some(format!("k{n}")),
                 labels: [("zone".to_owned(), (*zone).to_owned())].into(),
                 version: String::new(),
-                feature_level: 2,
+                feature_level: crate::node::FEATURE_LEVEL,
                 trust_version: 1,
             };
             let command = if n == 0 {

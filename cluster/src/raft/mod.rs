@@ -14,6 +14,7 @@
 
 pub mod codec;
 pub mod db;
+pub mod heartbeat;
 pub mod log_store;
 pub mod membership;
 pub mod peer;
@@ -39,6 +40,8 @@ use self::replica::Replica;
 use self::state_store::{StateError, StateStore};
 use self::types::Types;
 use crate::auth::tls::Tls;
+use crate::clock;
+use crate::liveness::Pulse;
 use crate::state::NodeId;
 
 /// Longest wait for leadership and recovery after a start.
@@ -120,6 +123,7 @@ pub struct Consensus {
     peers: Peers,
     proposals: Arc<AtomicU64>,
     node: NodeId,
+    pulse: Arc<Pulse>,
     closing: Arc<Mutex<Vec<Closed>>>,
 }
 
@@ -171,7 +175,8 @@ impl Consensus {
             elect.map_err(|e| failed("stand for election")(e.to_string()))?;
         }
         let closing = Arc::new(Mutex::new(vec![log_closed, state_closed]));
-        Ok(Self { raft, replica, peers, proposals: Arc::default(), node, closing })
+        let pulse = Arc::new(Pulse::new(clock::boottime_ms()));
+        Ok(Self { raft, replica, peers, proposals: Arc::default(), node, pulse, closing })
     }
 
     /// True when this is the only member that votes.

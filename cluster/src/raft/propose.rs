@@ -170,13 +170,9 @@ impl Consensus {
         leader: NodeId,
         question: &Question,
     ) -> io::Result<T> {
-        let known =
-            self.raft.metrics().borrow_watched().membership_config.membership().get_node(&leader).cloned();
-        let caller = self.peers.caller(leader, known.as_ref().map(|node| node.addr.as_str()));
-        caller.ask(question, ANSWER_MAX).await
+        self.ask_member(leader, question, ANSWER_MAX).await
     }
 
-    /// Waits until this member has applied the log up to this index.
     async fn applied(&self, index: u64) -> Result<(), ProposeError> {
         let mut revisions = self.replica.revisions();
         let reached = revisions.wait_for(|revision| *revision >= index);

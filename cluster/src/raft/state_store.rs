@@ -154,6 +154,7 @@ fn json<T: serde::Serialize>(value: &T) -> io::Result<Vec<u8>> {
 fn state_of(revision: u64, data: &SnapshotData) -> io::Result<State> {
     let mut state = State::begin(revision);
     data.for_each(|key, value| state.load(key, value).map_err(record_error))?;
+    state.loaded();
     Ok(state)
 }
 

@@ -4,7 +4,9 @@
 //! * [`view`]: the cluster with indexes, kept up to date VM by VM; a clone is a snapshot
 //! * [`place`]: filters, scores, the search, and the explanation
 //! * [`preempt`]: who makes room
+//! * [`cluster`]: the view of the replicated state
 
+pub mod cluster;
 pub mod model;
 pub mod place;
 pub mod preempt;

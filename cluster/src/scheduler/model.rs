@@ -108,6 +108,8 @@ pub struct Placed {
     pub groups: Vec<AntiAffinity>,
     /// Its priority.
     pub priority: u16,
+    /// It is not stopped to make room: it waits for its node, or does not run.
+    pub stays: bool,
 }
 
 /// Where the data of a VM lies.

@@ -3,7 +3,9 @@
 use std::collections::BTreeMap;
 
 use blixard_api::VmId;
-use blixard_api::placement::{AntiAffinity, Placement, PreemptionPolicy, Scope, Strategy, Toleration};
+use blixard_api::placement::{
+    AntiAffinity, OnNodeLoss, Placement, PreemptionPolicy, Scope, Strategy, Toleration,
+};
 use proptest::prelude::*;
 
 use super::super::model::{NodeInfo, Placed, Size};
@@ -25,6 +27,7 @@ fn vm(number: u128, memory: u64, placement: &Placement) -> Placed {
         accelerators: placement.accelerators.clone(),
         groups: placement.anti_affinity.clone(),
         priority: placement.priority,
+        stays: placement.on_node_loss == OnNodeLoss::Wait,
     }
 }
 
@@ -160,8 +163,8 @@ fn placements() -> impl Strategy2<Value = Placement> {
     ]);
     let lists =
         (prop::collection::vec(constraint, 0..2), prop::option::weighted(0.3, group), any::<bool>(), 0u32..2);
-    (lists, 0u16..4, policy, any::<bool>()).prop_map(
-        |((constraints, group, tolerates, gpus), priority, policy, pack)| {
+    (lists, 0u16..4, policy, any::<bool>(), prop::bool::weighted(0.3)).prop_map(
+        |((constraints, group, tolerates, gpus), priority, policy, pack, waits)| {
             let mut placement = Placement {
                 constraints: constraints.into_iter().map(|text| text.parse().unwrap()).collect(),
                 anti_affinity: group
@@ -169,6 +172,7 @@ fn placements() -> impl Strategy2<Value = Placement> {
                     .map(|(group, scope, soft)| AntiAffinity { group, scope: Scope::ALL[scope], soft })
                     .collect(),
                 priority: priority * 250,
+                on_node_loss: if waits { OnNodeLoss::Wait } else { OnNodeLoss::Restart },
                 strategy: if pack { Strategy::Pack } else { Strategy::Spread },
                 ..Placement::default()
             };
@@ -267,7 +271,7 @@ proptest! {
                     prop_assert!(oracle.possible(info, memory, &placement, victims), "they are enough");
                     for victim in victims {
                         let vm = oracle.on(*node).find(|vm| vm.id == *victim).unwrap();
-                        prop_assert!(vm.priority < placement.priority);
+                        prop_assert!(vm.priority < placement.priority && !vm.stays);
                         let fewer: Vec<VmId> = victims.iter().copied().filter(|v| v != victim).collect();
                         prop_assert!(!oracle.possible(info, memory, &placement, &fewer), "each is needed");
                     }
@@ -278,7 +282,7 @@ proptest! {
                     // Nor would it help to stop all that may be stopped.
                     if placement.preemption.policy != PreemptionPolicy::Never {
                         let all: Vec<VmId> =
-                            oracle.vms.iter().filter(|(_, vm)| vm.priority < placement.priority).map(|(_, vm)| vm.id).collect();
+                            oracle.vms.iter().filter(|(_, vm)| vm.priority < placement.priority && !vm.stays).map(|(_, vm)| vm.id).collect();
                         for node in &oracle.nodes {
                             let here: Vec<VmId> = oracle.on(node.id).map(|vm| vm.id).filter(|id| all.contains(id)).collect();
                             let apart = neighbours_allow(&view, &asked, node.id);

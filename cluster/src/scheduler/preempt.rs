@@ -55,7 +55,8 @@ fn highest_needed(node: &NodeState, request: &Request<'_>) -> Option<u16> {
 
 /// Whether all VMs up to this priority together leave enough devices.
 fn fits(node: &NodeState, request: &Request<'_>, priority: u16) -> bool {
-    let gone: Vec<&Arc<Placed>> = node.vms.values().filter(|vm| vm.priority <= priority).collect();
+    let gone: Vec<&Arc<Placed>> =
+        node.vms.values().filter(|vm| !vm.stays && vm.priority <= priority).collect();
     enough(node, request, &gone)
 }
 
@@ -94,7 +95,7 @@ fn victims<'a>(
     policy: PreemptionPolicy,
 ) -> Option<Vec<&'a Arc<Placed>>> {
     let mut lower: Vec<&Arc<Placed>> =
-        node.vms.values().filter(|vm| vm.priority < request.placement.priority).collect();
+        node.vms.values().filter(|vm| !vm.stays && vm.priority < request.placement.priority).collect();
     match policy {
         // The least important first, of those the largest: few are enough.
         PreemptionPolicy::LowerPriority | PreemptionPolicy::Never => lower.sort_by_key(|vm| {

@@ -27,7 +27,7 @@ pub struct NodeState {
     pub used_accelerators: BTreeMap<String, u32>,
     /// Its VMs.
     pub vms: BTreeMap<VmId, Arc<Placed>>,
-    /// What its VMs take together, by priority.
+    /// What its VMs that may be stopped for others take together, by priority.
     pub by_priority: BTreeMap<u16, (u32, Size)>,
     /// Its failure domains, one per scope.
     pub domains: [u32; 4],
@@ -78,8 +78,10 @@ impl NodeState {
 
     fn add(&mut self, vm: &Arc<Placed>) {
         self.used = self.used.plus(vm.size);
-        let of_priority = self.by_priority.entry(vm.priority).or_default();
-        *of_priority = (of_priority.0.saturating_add(1), of_priority.1.plus(vm.size));
+        if !vm.stays {
+            let of_priority = self.by_priority.entry(vm.priority).or_default();
+            *of_priority = (of_priority.0.saturating_add(1), of_priority.1.plus(vm.size));
+        }
         for (kind, count) in &vm.accelerators {
             let used = self.used_accelerators.entry(kind.clone()).or_default();
             *used = used.saturating_add(*count);
@@ -90,7 +92,7 @@ impl NodeState {
     fn take(&mut self, id: VmId) -> Option<Arc<Placed>> {
         let vm = self.vms.remove(&id)?;
         self.used = self.used.minus(vm.size);
-        if let Some((count, size)) = self.by_priority.get_mut(&vm.priority) {
+        if let Some((count, size)) = self.by_priority.get_mut(&vm.priority).filter(|_| !vm.stays) {
             *count = count.saturating_sub(1);
             *size = size.minus(vm.size);
             if *count == 0 {

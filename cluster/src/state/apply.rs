@@ -3,12 +3,14 @@
 use std::sync::Arc;
 
 use blixard_api::VmId;
-use blixard_api::vm::{Desired, VmSpec, grace_default};
+use blixard_api::vm::{Desired, Phase, VmSpec, grace_default};
 
 use super::address::{HostRange, nic};
 use super::command::{Answer, Command, Outcome, Proposal, Refusal};
+use super::placement::{Departure, Leaving, Upkeep};
 use super::records::{ClusterRecord, NetworkRecord, NicRecord, NodeId, NodeRecord, Observed, Pins, VmRecord};
-use super::{ANSWER_KEPT_MS, ANSWERS_MAX, KeptAnswer, PLAN_BYTES_MAX, RecordKey, State, VMS_MAX, workload};
+use super::{ANSWER_KEPT_MS, ANSWERS_MAX, KeptAnswer, NODE_VMS_MAX, RecordKey, State, VMS_MAX, workload};
+use crate::scheduler::cluster;
 
 /// Most names that a refusal lists.
 const NAMED_MAX: usize = 5;
@@ -74,12 +76,14 @@ impl State {
                 let record = self.nodes.get_mut(node).ok_or(Refusal::NoNode(*node))?;
                 if record.name != *name {
                     Arc::make_mut(record).name.clone_from(name);
+                    self.view.set_node(cluster::node_info(record));
                     self.changed.insert(RecordKey::Node(*node));
                 }
                 Ok(Answer::Done)
             }
-            Command::CreateVm { id, project, name, spec, node } => {
-                self.create_vm(*id, project, name, spec, *node, now_ms)
+            Command::CreateVm { id, project, name, spec, node, waits } => {
+                let place = Place { node: *node, waits: *waits };
+                self.create_vm(*id, project, name, spec, place, now_ms)
             }
             Command::StartVm { id, if_generation } => self.start_vm(*id, *if_generation),
             Command::StopVm { id, grace_ms, if_generation } => self.stop_vm(*id, *grace_ms, *if_generation),
@@ -129,6 +133,8 @@ impl State {
                 Ok(Answer::Kernel(kernel))
             }
             Command::Member(command) => self.run_member(command, now_ms),
+            Command::Node { node, change } => self.change_node(*node, change, now_ms),
+            Command::Vm { id, epoch, change } => self.change_vm(*id, *epoch, change),
         }
     }
 
@@ -156,6 +162,7 @@ impl State {
         self.changed.insert(RecordKey::Network(network.name.clone()));
         let mut record = NodeRecord::new(node, node_name);
         record.feature_level = feature_level;
+        self.view.set_node(cluster::node_info(&record));
         self.nodes.insert(node, Arc::new(record));
         self.touch_plan(node);
         Ok(Answer::Done)
@@ -167,9 +174,10 @@ impl State {
         project: &str,
         name: &str,
         spec: &VmSpec,
-        node: NodeId,
+        place: Place,
         now_ms: u64,
     ) -> Outcome {
+        let Place { node, waits } = place;
         if let Some(vm) = self.vms.get(&id) {
             let same =
                 vm.project == project && vm.name == name && vm.spec == *spec && vm.desired != Desired::Gone;
@@ -182,8 +190,10 @@ impl State {
         if let Some(vm) = self.vm_named(project, name) {
             return Err(Refusal::NameTaken { name: name.to_owned(), id: vm.id });
         }
-        if self.vms.len() >= VMS_MAX {
-            return Err(Refusal::TooMany(VMS_MAX));
+        // Below this level every member applies what the first versions did.
+        let most = if self.places() { VMS_MAX } else { NODE_VMS_MAX };
+        if self.vms.len() >= most {
+            return Err(Refusal::TooMany(most));
         }
         if !self.nodes.contains_key(&node) {
             return Err(Refusal::NoNode(node));
@@ -217,10 +227,14 @@ impl State {
             epoch: 1,
             unlisted_since: 0,
             observed: Observed::nothing(0),
+            upkeep: Upkeep::default(),
         };
-        let bytes = self.plan_bytes.get(&node).copied().unwrap_or(0);
-        if bytes.saturating_add(super::vm_plan_bytes(&vm)) > PLAN_BYTES_MAX {
-            return Err(Refusal::PlanFull);
+        if waits {
+            let leaving = Leaving { why: Departure::Waiting, grace_ms: 0, released: true };
+            vm.upkeep.leaving = Some(leaving);
+            vm.unlisted_since = 1;
+        } else {
+            self.has_room(&vm, node)?;
         }
         vm.nic = self.attach(spec)?;
         self.index(&vm);
@@ -264,6 +278,11 @@ impl State {
             return Err(Refusal::Leaving(vm.name));
         }
         if vm.desired == Desired::Stopped || vm.has_ended() {
+            if vm.has_ended() && vm.unlisted_since == 0 && self.places() {
+                self.has_room_again(&vm)?;
+            }
+            vm.upkeep.restarts = 0;
+            vm.upkeep.avoid.clear();
             vm.desired = Desired::Running;
             vm.start = vm.start.saturating_add(1);
             vm.generation = vm.generation.saturating_add(1);
@@ -282,6 +301,10 @@ impl State {
         if vm.desired != Desired::Stopped || (vm.grace_ms != grace_ms && !vm.has_ended()) {
             vm.desired = Desired::Stopped;
             vm.grace_ms = grace_ms;
+            if vm.unlisted_since > 0 {
+                // It has no node on which it could stop.
+                vm.observed = Observed { phase: Phase::Stopped, ..Observed::nothing(vm.start) };
+            }
             vm.generation = vm.generation.saturating_add(1);
             self.touch_plan(vm.node);
             return Ok(Answer::Vm { vm: self.put_vm(vm), created: false });
@@ -297,6 +320,10 @@ impl State {
         if !force && !vm.has_ended() {
             return Err(Refusal::Runs(vm.name));
         }
+        if vm.unlisted_since > 0 {
+            // It was off the plan before: nothing of it runs.
+            vm.observed = Observed { phase: Phase::Stopped, ..Observed::nothing(vm.start) };
+        }
         vm.desired = Desired::Gone;
         vm.generation = vm.generation.saturating_add(1);
         vm.unlisted_since = self.touch_plan(vm.node);
@@ -304,12 +331,19 @@ impl State {
     }
 
     fn record_report(&mut self, id: VmId, node: NodeId, epoch: u64, observed: &Observed) {
-        let Some(vm) = self.vms.get_mut(&id) else { return };
-        if vm.node != node || vm.epoch != epoch || vm.observed == *observed || !vm.is_news(observed) {
+        let Some(vm) = self.vms.get(&id) else { return };
+        let off_plan = vm.unlisted_since > 0 && vm.desired != Desired::Gone;
+        // What has ended does not run again in the same start, whatever was late on its way: its room may be another's.
+        let late =
+            self.places() && vm.has_ended() && !matches!(observed.phase, Phase::Stopped | Phase::Failed);
+        let other = vm.node != node || vm.epoch != epoch || off_plan || late;
+        if other || vm.observed == *observed || !vm.is_news(observed) {
             return;
         }
-        Arc::make_mut(vm).observed = observed.clone();
-        self.changed.insert(RecordKey::Vm(id));
+        let mut vm = vm.as_ref().clone();
+        vm.observed = observed.clone();
+        self.note_departure(&mut vm);
+        self.put_vm(vm);
     }
 
     fn check_unused(&self, uses: impl Fn(&VmRecord) -> bool) -> Result<(), Refusal> {
@@ -318,8 +352,9 @@ impl State {
         if vms.is_empty() { Ok(()) } else { Err(Refusal::InUse { vms, more: users.count() }) }
     }
 
-    fn put_vm(&mut self, vm: VmRecord) -> Arc<VmRecord> {
+    pub(super) fn put_vm(&mut self, vm: VmRecord) -> Arc<VmRecord> {
         let vm = Arc::new(vm);
+        cluster::put(&mut self.view, &vm);
         self.changed.insert(RecordKey::Vm(vm.id));
         self.vms.insert(vm.id, Arc::clone(&vm));
         vm
@@ -347,6 +382,14 @@ impl State {
 
 /// More revisions than a millisecond of a cluster's life ever has.
 pub(super) const REVISIONS_PER_MS: u64 = 4096;
+
+/// Where a new VM goes.
+#[derive(Clone, Copy)]
+struct Place {
+    node: NodeId,
+    waits: bool,
+}
+
 /// Name of the kernel of VMs that name none.
 pub const DEFAULT_KERNEL: &str = "default";
 /// Name of the network of VMs that name none.

@@ -10,6 +10,7 @@ use super::member::{
 };
 use super::records::{NodeId, NodeRecord};
 use super::{RecordKey, State};
+use crate::scheduler::cluster;
 
 /// Most names that a refusal lists.
 const NAMED_MAX: usize = 5;
@@ -34,6 +35,9 @@ impl State {
             MemberCommand::Cordon { node, cordoned } => {
                 let mut record = self.known_node(*node)?;
                 record.cordoned = *cordoned;
+                if !cordoned {
+                    record.offer.drain_grace_ms = None;
+                }
                 Ok(Answer::Node(self.put_node(record)))
             }
             MemberCommand::Remove { node } => self.remove_node(*node),
@@ -143,6 +147,7 @@ impl State {
             self.changed.insert(RecordKey::Vm(vm.id));
         }
         self.nodes.remove(&node);
+        self.view.remove_node(node);
         self.changed.insert(RecordKey::Node(node));
         Ok(Answer::Node(Arc::new(record)))
     }
@@ -180,7 +185,8 @@ impl State {
         self.nodes.get(&node).map(|record| record.as_ref().clone()).ok_or(Refusal::NoNode(node))
     }
 
-    fn put_node(&mut self, record: NodeRecord) -> Arc<NodeRecord> {
+    pub(super) fn put_node(&mut self, record: NodeRecord) -> Arc<NodeRecord> {
+        self.view.set_node(cluster::node_info(&record));
         let record = Arc::new(record);
         self.changed.insert(RecordKey::Node(record.id));
         self.nodes.insert(record.id, Arc::clone(&record));

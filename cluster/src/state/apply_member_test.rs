@@ -11,7 +11,7 @@ fn facts(name: &str, key: &str) -> NodeFacts {
         public_key: Some(key.into()),
         labels: [("zone".to_owned(), "a".to_owned())].into(),
         version: "1".into(),
-        feature_level: 2,
+        feature_level: 3,
         trust_version: 1,
     }
 }
@@ -80,7 +80,7 @@ fn a_name_is_that_of_one_node() {
 fn a_removed_node_takes_its_number_along_and_leaves_with_its_last_vm_only() {
     let mut cluster = two();
     let Command::CreateVm { id: vm, project, name, spec, .. } = create(1, "a") else { panic!() };
-    cluster.run(Command::CreateVm { id: vm, project, name, spec, node: 2 }).unwrap();
+    cluster.run(Command::CreateVm { id: vm, project, name, spec, node: 2, waits: false }).unwrap();
     let remove = || member(MemberCommand::Remove { node: 2 });
     assert_eq!(cluster.run(remove()), Err(Refusal::InUse { vms: vec!["a".into()], more: 0 }));
     cluster.run(Command::DeleteVm { id: id(1), force: true, if_generation: None }).unwrap();
@@ -95,16 +95,16 @@ fn a_removed_node_takes_its_number_along_and_leaves_with_its_last_vm_only() {
 #[test]
 fn the_feature_level_rises_once_every_node_knows_it() {
     let mut cluster = two();
-    let raise = |knows| member(MemberCommand::RaiseLevel { level: 3, node: 1, knows });
-    let behind = |name: &str, knows| Err(Refusal::NodeBehind { name: name.into(), knows, wanted: 3 });
-    assert_eq!(cluster.run(raise(2)), behind("one", 2));
-    assert_eq!(cluster.run(raise(3)), behind("two", 2));
-    let newer = NodeFacts { feature_level: 3, ..facts("two", "k") };
+    let raise = |knows| member(MemberCommand::RaiseLevel { level: 4, node: 1, knows });
+    let behind = |name: &str, knows| Err(Refusal::NodeBehind { name: name.into(), knows, wanted: 4 });
+    assert_eq!(cluster.run(raise(3)), behind("one", 3));
+    assert_eq!(cluster.run(raise(4)), behind("two", 3));
+    let newer = NodeFacts { feature_level: 4, ..facts("two", "k") };
     cluster.run(member(MemberCommand::Announce { node: 2, facts: Box::new(newer) })).unwrap();
-    cluster.run(raise(3)).unwrap();
-    assert_eq!(cluster.state.cluster().unwrap().feature_level, 3);
+    cluster.run(raise(4)).unwrap();
+    assert_eq!(cluster.state.cluster().unwrap().feature_level, 4);
     cluster.run(token("u", u64::MAX)).unwrap();
-    assert_eq!(cluster.run(join("u", "old", "k4")), Err(Refusal::Level { needs: 3, has: 2 }));
+    assert_eq!(cluster.run(join("u", "old", "k4")), Err(Refusal::Level { needs: 4, has: 3 }));
 }
 
 #[test]

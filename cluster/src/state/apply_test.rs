@@ -49,7 +49,8 @@ fn the_same_name_is_free_in_another_project() {
     let mut cluster = Cluster::new(16);
     cluster.run(create(1, "a")).unwrap();
     let Command::CreateVm { spec, node, .. } = create(2, "a") else { panic!() };
-    let other = Command::CreateVm { id: id(2), project: "other".into(), name: "a".into(), spec, node };
+    let other =
+        Command::CreateVm { id: id(2), project: "other".into(), name: "a".into(), spec, node, waits: false };
     cluster.run(other).unwrap();
     assert_eq!(cluster.state.vm_named("other", "a").unwrap().id, id(2));
 }
@@ -199,7 +200,7 @@ fn a_plan_that_no_agent_would_take_is_refused_before_it_exists() {
     let refused = loop {
         let Command::CreateVm { id, project, mut spec, node, .. } = create(made + 1, "x") else { panic!() };
         spec.env = [("BIG".to_owned(), "x".repeat(100_000))].into();
-        let command = Command::CreateVm { id, project, name: format!("vm{made}"), spec, node };
+        let command = Command::CreateVm { id, project, name: format!("vm{made}"), spec, node, waits: false };
         match cluster.run(command) {
             Ok(_) => made += 1,
             Err(refusal) => break refusal,
@@ -228,7 +229,7 @@ fn commands() -> impl Strategy<Value = Vec<(Command, Option<u8>)>> {
         4 => (number(), "[ab]", "[pq]", prop::bool::ANY).prop_map(|(n, name, project, nic)| {
             let Command::CreateVm { id, mut spec, node, .. } = create(n, &name) else { panic!() };
             spec.network = (!nic).then(|| "none".to_owned());
-            Command::CreateVm { id, project, name, spec, node }
+            Command::CreateVm { id, project, name, spec, node, waits: false }
         }),
         2 => (number(), generation()).prop_map(|(n, if_generation)| Command::StartVm { id: id(n), if_generation }),
         2 => (number(), 0u64..3, generation()).prop_map(|(n, grace_ms, if_generation)| {

@@ -13,6 +13,7 @@ use blixard_api::vm::VmSpec;
 use serde::{Deserialize, Serialize};
 
 use super::member::MemberCommand;
+use super::placement::{NodeChange, VmChange};
 use super::records::{ImageRecord, KernelRecord, NetworkRecord, NodeId, NodeRecord, Observed, VmRecord};
 
 /// A command on its way through the log, with what its application may not find out by itself.
@@ -71,6 +72,9 @@ pub enum Command {
         spec: Box<VmSpec>,
         /// Where it is placed.
         node: NodeId,
+        /// There is no room yet: it is placed when there is.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        waits: bool,
     },
     /// Asks a VM to run. Legal unless it is being deleted. Begins a new start when the newest one has ended or a stop was
     /// asked for; otherwise it is there already.
@@ -136,6 +140,30 @@ pub enum Command {
     },
     /// Changes the cluster itself.
     Member(Box<MemberCommand>),
+    /// Changes what a node offers, or whether it counts as answering. Legal for a known node; see [`NodeChange`].
+    Node {
+        /// Which.
+        node: NodeId,
+        /// What changes.
+        change: NodeChange,
+    },
+    /// Moves a VM or starts it again. Legal for its present placement; see [`VmChange`].
+    Vm {
+        /// Which.
+        id: VmId,
+        /// Placement that is meant.
+        epoch: u64,
+        /// What changes.
+        change: VmChange,
+    },
+}
+
+/// Feature level from which on VMs are placed by what nodes offer, moved and started again.
+pub const PLACEMENT_LEVEL: u32 = 3;
+
+/// Whether a spec says something about its place or restarts.
+fn asks_for_a_place(spec: &VmSpec) -> bool {
+    !spec.placement.is_default() || !spec.restart.is_default()
 }
 
 impl Command {
@@ -154,6 +182,8 @@ impl Command {
             Self::DeleteImage { .. } => "delete_image",
             Self::PutKernel(_) => "put_kernel",
             Self::DeleteKernel { .. } => "delete_kernel",
+            Self::Node { .. } => "node",
+            Self::Vm { .. } => "vm",
             Self::Member(command) => command.kind(),
         }
     }
@@ -163,6 +193,9 @@ impl Command {
     pub fn level(&self) -> u32 {
         match self {
             Self::Member(command) => command.level(),
+            Self::Node { .. } | Self::Vm { .. } => PLACEMENT_LEVEL,
+            // Older programs know neither the fields nor VMs that wait for a node.
+            Self::CreateVm { spec, waits, .. } if *waits || asks_for_a_place(spec) => PLACEMENT_LEVEL,
             _ => 1,
         }
     }
@@ -298,6 +331,34 @@ pub enum Refusal {
     /// Somebody else was faster.
     #[error("{0} changed meanwhile")]
     Changed(String),
+    /// The VM was placed again since.
+    #[error("the VM has epoch {now}")]
+    Epoch {
+        /// The present epoch.
+        now: u64,
+    },
+    /// The VM may still be on its node.
+    #[error("the node of the VM {0:?} has not given it up")]
+    NotReleased(String),
+    /// The node cannot take the VM, or not any more.
+    #[error("node {node} cannot take the VM: {why}")]
+    NoRoom {
+        /// Name of the node.
+        node: String,
+        /// The constraint.
+        why: String,
+    },
+    /// Nobody has suspected the node before.
+    #[error("node {0} is not suspected")]
+    NotSuspected(NodeId),
+    /// Too many nodes were declared down just before: more likely something else is wrong.
+    #[error("{recent} nodes were declared down within a minute, {most} are possible without an operator")]
+    TooManyDown {
+        /// How many.
+        recent: usize,
+        /// How many are possible.
+        most: usize,
+    },
     /// The idempotency key came with another request before.
     #[error("this idempotency key was used for another request")]
     KeyReused,

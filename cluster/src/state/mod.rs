@@ -10,9 +10,12 @@
 pub mod address;
 pub mod apply;
 pub mod apply_member;
+mod apply_node;
+mod apply_place;
 pub mod command;
 pub mod invariants;
 pub mod member;
+pub mod placement;
 pub mod records;
 #[cfg(test)]
 pub mod testing;
@@ -26,15 +29,20 @@ use blixard_api::VmId;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use crate::scheduler::View;
+
 pub use command::{Answer, Command, Key, Outcome, Proposal, Refusal};
 pub use member::{ApiTokenRecord, JoinTokenRecord, MemberCommand, NodeFacts, TrustRecord};
+pub use placement::{Capacity, Departure, Leaving, NodeOffer, NodePolicy, NodeStatus, Upkeep};
 pub use records::{
     ClusterRecord, ImageRecord, KeptAnswer, KernelRecord, NetworkRecord, NicRecord, NodeId, NodeRecord,
     Observed, Pins, VmRecord,
 };
 
-/// Most VMs of the cluster: as many as one plan may list.
-pub const VMS_MAX: usize = blixard_agent_api::plan::VMS_MAX;
+/// Most VMs of the cluster.
+pub const VMS_MAX: usize = 200_000;
+/// Most VMs of one node: as many as one plan may list.
+pub const NODE_VMS_MAX: usize = blixard_agent_api::plan::VMS_MAX;
 /// How long the answer of a mutation with an idempotency key is kept, in milliseconds.
 pub const ANSWER_KEPT_MS: u64 = 24 * 60 * 60 * 1000;
 /// Most answers that are kept; the oldest go first.
@@ -136,6 +144,10 @@ pub struct State {
     answer_ages: BTreeMap<u64, String>,
     /// Bytes of the plan of each node, at most.
     plan_bytes: BTreeMap<NodeId, u64>,
+    /// Number of VMs of each node.
+    node_vms: BTreeMap<NodeId, usize>,
+    /// Where there is room, as the scheduler sees it.
+    view: View,
     /// Records that changed since they were stored.
     changed: BTreeSet<RecordKey>,
 }
@@ -158,6 +170,7 @@ impl PartialEq for State {
             && self.hosts == other.hosts
             && self.answer_ages == other.answer_ages
             && self.plan_bytes == other.plan_bytes
+            && self.node_vms == other.node_vms
     }
 }
 
@@ -200,6 +213,11 @@ impl State {
     /// Tokens for the API in order of name.
     pub fn api_tokens(&self) -> impl Iterator<Item = &Arc<ApiTokenRecord>> {
         self.api_tokens.values()
+    }
+
+    /// Where there is room, as the scheduler sees it. A clone is a snapshot to plan with.
+    pub fn view(&self) -> &View {
+        &self.view
     }
 
     /// Networks in order of name.
@@ -334,6 +352,7 @@ impl State {
         for (key, value) in records {
             state.load(&key, &value)?;
         }
+        state.loaded();
         Ok(state)
     }
 
@@ -397,9 +416,17 @@ impl State {
         }
         let bytes = self.plan_bytes.entry(vm.node).or_default();
         *bytes = bytes.saturating_add(vm_plan_bytes(vm));
+        *self.node_vms.entry(vm.node).or_default() += 1;
     }
 
     fn unindex(&mut self, vm: &VmRecord) {
+        self.view.take(vm.node, vm.id);
+        if let Some(count) = self.node_vms.get_mut(&vm.node) {
+            *count = count.saturating_sub(1);
+            if *count == 0 {
+                self.node_vms.remove(&vm.node);
+            }
+        }
         let bytes = self.plan_bytes.entry(vm.node).or_default();
         *bytes = bytes.saturating_sub(vm_plan_bytes(vm));
         if *bytes == 0 {

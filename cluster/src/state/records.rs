@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::member::NodeFacts;
 pub use super::member::{Authority, TrustRecord};
+use super::placement::{NodeOffer, Upkeep};
 
 /// Number of a node for its whole life; never given twice.
 pub type NodeId = u64;
@@ -79,6 +80,9 @@ pub struct NodeRecord {
     /// a cluster that the node left.
     #[serde(default)]
     pub plan_base: u64,
+    /// What it offers, and whether it answers.
+    #[serde(default, skip_serializing_if = "NodeOffer::is_default")]
+    pub offer: NodeOffer,
 }
 
 /// What programs knew that did not say what they know.
@@ -103,6 +107,7 @@ impl NodeRecord {
             joined_with: None,
             joined_at_ms: 0,
             plan_base: 0,
+            offer: NodeOffer::default(),
         }
     }
 
@@ -301,6 +306,9 @@ pub struct VmRecord {
     pub unlisted_since: u64,
     /// What its node told last that is worth keeping.
     pub observed: Observed,
+    /// Whether it is moved, and how often it had to be started again.
+    #[serde(default, skip_serializing_if = "Upkeep::is_default")]
+    pub upkeep: Upkeep,
 }
 
 impl VmRecord {
@@ -314,8 +322,13 @@ impl VmRecord {
     /// news, and the end of what shall not run anyway.
     pub fn is_news(&self, observed: &Observed) -> bool {
         let preparing = matches!(observed.phase, Phase::Pending | Phase::Preparing);
+        let leaves = self.upkeep.leaving.is_some();
         let failed_before = observed.start == 0 && observed.phase == Phase::Failed;
-        observed.start >= self.start || preparing || failed_before || self.desired != Desired::Running
+        observed.start >= self.start
+            || preparing
+            || failed_before
+            || self.desired != Desired::Running
+            || leaves
     }
 
     /// The content that it needs.

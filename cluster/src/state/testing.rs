@@ -5,6 +5,7 @@ use blixard_api::VmId;
 use blixard_api::image::ImageConfig;
 use blixard_netd_api::Subnet;
 
+use super::placement::NodeChange;
 use super::{Answer, Command, ImageRecord, KernelRecord, NetworkRecord, Outcome, Proposal, State, VmRecord};
 
 /// Content that is not there.
@@ -45,14 +46,26 @@ pub fn init(prefix: u8) -> Command {
         mtu: 1500,
         next_host: 2,
     };
-    Command::InitCluster { feature_level: 2, network, node: 1, node_name: "one".into() }
+    Command::InitCluster {
+        feature_level: crate::node::FEATURE_LEVEL,
+        network,
+        node: 1,
+        node_name: "one".into(),
+    }
 }
 
 /// The command that makes a VM of the image `img`.
 pub fn create(number: u128, name: &str) -> Command {
     let spec = serde_json::from_str(r#"{"image":"img"}"#).unwrap();
     let project = "default".into();
-    Command::CreateVm { id: id(number), project, name: name.into(), spec: Box::new(spec), node: 1 }
+    Command::CreateVm {
+        id: id(number),
+        project,
+        name: name.into(),
+        spec: Box::new(spec),
+        node: 1,
+        waits: false,
+    }
 }
 
 /// An id.
@@ -73,11 +86,40 @@ pub struct Cluster {
 impl Cluster {
     /// A cluster with an image, a kernel and a network of this prefix length.
     pub fn new(prefix: u8) -> Self {
+        Self::at_level(prefix, crate::node::FEATURE_LEVEL)
+    }
+
+    /// The same with this feature level.
+    pub fn at_level(prefix: u8, level: u32) -> Self {
         let mut cluster = Self { now_ms: 1_795_000_000_000, ..Self::default() };
-        cluster.run(init(prefix)).unwrap();
+        let mut command = init(prefix);
+        if let Command::InitCluster { feature_level, .. } = &mut command {
+            *feature_level = level;
+        }
+        cluster.run(command).unwrap();
         cluster.run(Command::PutImage(Box::new(image("img")))).unwrap();
         cluster.run(Command::PutKernel(Box::new(kernel("default")))).unwrap();
         cluster
+    }
+
+    /// The same with nodes 1 to `nodes`.
+    pub fn with_nodes(prefix: u8, nodes: u64) -> Self {
+        let mut cluster = Self::new(prefix);
+        for id in 2..=nodes {
+            let mut record = super::NodeRecord::new(id, &format!("n{id}"));
+            record.plan_generation = 1;
+            cluster.state.nodes.insert(id, std::sync::Arc::new(record));
+            cluster.state.changed.insert(super::RecordKey::Node(id));
+        }
+        cluster.state.loaded();
+        cluster
+    }
+
+    /// A node is suspected and, if that is possible, declared down.
+    pub fn lose(&mut self, node: super::NodeId) -> Outcome {
+        self.run(Command::Node { node, change: NodeChange::Suspect })?;
+        let suspicion = self.state.node(node).unwrap().offer.suspicion;
+        self.run(Command::Node { node, change: NodeChange::Down { suspicion } })
     }
 
     /// Applies a command.

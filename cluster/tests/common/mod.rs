@@ -1,6 +1,8 @@
 //! A node process, an agent beside it, and just enough HTTP to ask the node anything, also what no client would send.
 #![allow(dead_code, reason = "each test program uses its own part")]
 
+pub mod three;
+
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;

@@ -9,6 +9,7 @@ use crate::cluster::{
     Admission, Applicant, ClusterStatus, CreateToken, InitCluster, JoinCluster, NodeView, RaiseLevel,
     TokenView, TransferLeader,
 };
+use crate::placement::{DrainNode, NodePolicy};
 
 impl Client {
     /// How the cluster is, as the node sees it.
@@ -115,6 +116,40 @@ impl Client {
     pub async fn cordon(&self, name: &str, cordoned: bool) -> Result<NodeView, ClientError> {
         let verb = if cordoned { "cordon" } else { "uncordon" };
         self.once(Call::new(Method::POST, format!("/v1/nodes/{}:{verb}", escape(name)))).await
+    }
+
+    /// Moves the VMs of a node away; each has `grace_ms` milliseconds to end.
+    ///
+    /// # Errors
+    /// See [`ClientError`]; 404, 422.
+    pub async fn drain(&self, name: &str, grace_ms: u64) -> Result<NodeView, ClientError> {
+        let call = Call::new(Method::POST, format!("/v1/nodes/{}:drain", escape(name)));
+        self.once(call.json(&DrainNode { grace_ms })?).await
+    }
+
+    /// Declares a node down, whatever was declared down just before. Nobody checks it.
+    ///
+    /// # Errors
+    /// See [`ClientError`]; 404.
+    pub async fn declare_down(&self, name: &str) -> Result<NodeView, ClientError> {
+        self.once(Call::new(Method::POST, format!("/v1/nodes/{}:down", escape(name)))).await
+    }
+
+    /// What the operator says about a node.
+    ///
+    /// # Errors
+    /// See [`ClientError`]; 404.
+    pub async fn node_policy(&self, name: &str) -> Result<NodePolicy, ClientError> {
+        self.get(format!("/v1/nodes/{}/policy", escape(name))).await
+    }
+
+    /// Says something else about a node.
+    ///
+    /// # Errors
+    /// See [`ClientError`]; 404, 422.
+    pub async fn set_node_policy(&self, name: &str, policy: &NodePolicy) -> Result<NodeView, ClientError> {
+        let call = Call::new(Method::PUT, format!("/v1/nodes/{}/policy", escape(name)));
+        self.once(call.json(policy)?).await
     }
 
     /// Forgets a node for ever.

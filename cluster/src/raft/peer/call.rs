@@ -13,6 +13,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::Dialer;
 use super::frame::{self, Kind};
+use crate::liveness::EntryId;
 use crate::raft::types::Types;
 use crate::state::{NodeId, Outcome, Proposal};
 
@@ -37,6 +38,42 @@ pub enum Question {
     Propose(Box<Proposal>),
     /// How far a linearizable read must have applied the log, as the leader.
     ReadIndex,
+    /// To answer a heartbeat of the asking node, as a voter: [`Beaten`].
+    Beat {
+        /// A majority of the voters replies to the asking node.
+        connected: bool,
+    },
+    /// Whether a majority of the voters replies to the asked node.
+    Connected,
+    /// Whether this node can be reached from the asked one, and says that a majority of the voters replies to it.
+    Reach(NodeId),
+    /// For how long it has not answered the heartbeats of a node, as a voter: [`Unanswered`].
+    Unanswered {
+        /// Which node.
+        node: NodeId,
+        /// Revision of the suspicion that it must have applied.
+        suspicion: u64,
+    },
+}
+
+/// What is answered to [`Question::Beat`].
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub struct Beaten {
+    /// The node is up in the voter's applied state.
+    pub answered: bool,
+    /// How far the voter had applied the log.
+    pub revision: u64,
+    /// The entry by which it knew who votes.
+    pub electorate: EntryId,
+}
+
+/// What is answered to [`Question::Unanswered`].
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub struct Unanswered {
+    /// For how long in milliseconds; absent when it has not applied this suspicion, or no longer knows it.
+    pub for_ms: Option<u64>,
+    /// The entry by which it knew who votes.
+    pub electorate: EntryId,
 }
 
 /// What is answered to [`Question::Propose`].

@@ -22,6 +22,12 @@ pub enum Kind {
     SnapshotPart,
     /// The end of a snapshot, or the answer to it.
     SnapshotEnd,
+    /// A request for content.
+    ContentBegin,
+    /// Some of it.
+    ContentPart,
+    /// Its end, or that there is none.
+    ContentEnd,
 }
 
 impl Kind {
@@ -32,12 +38,16 @@ impl Kind {
             Self::SnapshotBegin => 3,
             Self::SnapshotPart => 4,
             Self::SnapshotEnd => 5,
+            Self::ContentBegin => 6,
+            Self::ContentPart => 7,
+            Self::ContentEnd => 8,
         }
     }
 
     fn of(byte: u8) -> Option<Self> {
-        let all = [Self::Append, Self::Call, Self::SnapshotBegin, Self::SnapshotPart, Self::SnapshotEnd];
-        all.into_iter().find(|kind| kind.byte() == byte)
+        let of_raft = [Self::Append, Self::Call, Self::SnapshotBegin, Self::SnapshotPart, Self::SnapshotEnd];
+        let of_content = [Self::ContentBegin, Self::ContentPart, Self::ContentEnd];
+        of_raft.into_iter().chain(of_content).find(|kind| kind.byte() == byte)
     }
 }
 

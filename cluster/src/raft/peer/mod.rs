@@ -4,14 +4,16 @@
 //! * [`lane`]: append requests one after the other, answers in the same order, many under way
 //! * [`call`]: questions with answers, many at once over one connection
 //! * [`snapshot`]: a snapshot, record by record
+//! * [`content`]: images and kernels by digest
 //! * [`client`]: what openraft sends through
 //! * [`server`]: what other members send
 //!
 //! To each member there is at most one connection for replication, one for heartbeats, one for questions and one while a
-//! snapshot is sent.
+//! snapshot or content is sent.
 
 pub mod call;
 pub mod client;
+pub mod content;
 pub mod frame;
 pub mod lane;
 pub mod server;

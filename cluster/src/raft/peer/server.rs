@@ -13,15 +13,20 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 
 use super::call::{CALLS_MAX, Proposed, Question, ReadIndex};
+use super::content;
 use super::frame::{self, Frame, Kind};
 use super::snapshot::{self, Begin, Installed};
 use crate::auth::tls::{Inbound, node_of};
+use crate::clock;
+use crate::images::blobs::BlobStore;
 use crate::raft::codec::{self, Reader};
 use crate::raft::{Consensus, ProposeError};
 use crate::state::NodeId;
 
 /// Longest wait for the first frame.
 const FIRST_MAX: Duration = Duration::from_secs(10);
+/// Members that are sent content at once; others wait, and ask elsewhere when it takes too long.
+const SERVED_MAX: usize = 8;
 /// Append requests that are read ahead.
 const REQUESTS_AHEAD: usize = 64;
 
@@ -32,13 +37,22 @@ pub struct PeerServer {
     cluster: String,
     /// Where snapshots are taken in.
     folder: PathBuf,
+    /// Content for other members, and how many are served at once.
+    blobs: BlobStore,
+    serving: Arc<Semaphore>,
     stop: CancellationToken,
 }
 
 impl PeerServer {
     /// A server for this member of this cluster.
-    pub fn new(consensus: Consensus, cluster: String, folder: PathBuf, stop: CancellationToken) -> Self {
-        Self { consensus, cluster, folder, stop }
+    pub fn new(
+        consensus: Consensus,
+        cluster: String,
+        folder: PathBuf,
+        blobs: BlobStore,
+        stop: CancellationToken,
+    ) -> Self {
+        Self { consensus, cluster, folder, blobs, serving: Arc::new(Semaphore::new(SERVED_MAX)), stop }
     }
 
     /// Serves one connection until it ends. What is wrong with it is logged with its address.
@@ -94,6 +108,11 @@ impl PeerServer {
             Kind::Append => self.append(stream, first, node).await,
             Kind::Call => self.calls(stream, first, node).await,
             Kind::SnapshotBegin => self.snapshot(stream, &first, node).await,
+            Kind::ContentBegin => {
+                let _place = self.serving.acquire().await.map_err(io::Error::other)?;
+                content::serve(&mut stream, &first.content, &self.blobs).await?;
+                stream.shutdown().await
+            }
             other => Err(io::Error::new(io::ErrorKind::InvalidData, format!("it begins with {other:?}"))),
         }
     }
@@ -246,6 +265,16 @@ impl PeerServer {
                     Err(error) => ReadIndex::Stopped(error.to_string()),
                 };
                 serde_json::to_vec(&answer)
+            }
+            Question::Beat { connected } => {
+                serde_json::to_vec(&self.consensus.heartbeat_of(node, connected, clock::boottime_ms()))
+            }
+            Question::Connected => {
+                serde_json::to_vec(&self.consensus.pulse().holder().is_connected(clock::boottime_ms()))
+            }
+            Question::Reach(other) => serde_json::to_vec(&self.consensus.reaches(other).await),
+            Question::Unanswered { node, suspicion } => {
+                serde_json::to_vec(&self.consensus.unanswered(node, suspicion, clock::boottime_ms()))
             }
         };
         Ok(answer?)
