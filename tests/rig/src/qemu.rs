@@ -18,6 +18,10 @@ pub const MAX_SHARES: usize = 4;
 /// Hosts on the private segment.
 pub const MAX_HOSTS: u8 = 3;
 
+/// How often a host that no longer answers is asked where its processors are.
+const SAMPLES: usize = 6;
+/// Time between two of these questions.
+const BETWEEN_SAMPLES: Duration = Duration::from_millis(300);
 /// How long a host that no longer answers may take to tell where it is.
 const AUTOPSY: Duration = Duration::from_secs(10);
 
@@ -264,12 +268,16 @@ impl Host {
         if self.ended() {
             return format!("QEMU has ended\n{}", self.last_words());
         }
-        let registers = json!({ "command-line": "info registers -a" });
         let asked = self.talk(|qmp| {
             qmp.patience(Some(AUTOPSY))?;
-            // Twice: a processor that hangs is where it was.
-            let first = qmp.ask("human-monitor-command", registers.clone())?;
-            Ok([first, qmp.ask("human-monitor-command", registers)?])
+            let mut samples = Vec::new();
+            // Some time apart: a processor that hangs is where it was, one that is slow is not.
+            for _ in 0..SAMPLES {
+                let registers = json!({ "command-line": "info registers -a" });
+                samples.push(qmp.ask("human-monitor-command", registers)?);
+                std::thread::sleep(BETWEEN_SAMPLES);
+            }
+            Ok(samples)
         });
         let places = match asked {
             Ok(samples) => samples.iter().map(|text| places(text.as_str().unwrap_or_default())).collect(),
