@@ -23,7 +23,7 @@ pub struct Place {
     /// Taint that does not keep it away: key or key=value
     #[arg(long = "toleration", value_name = "TAINT")]
     pub tolerations: Vec<Toleration>,
-    /// Group whose members keep apart: GROUP[:node|rack|zone|datacenter][:soft]
+    /// Group whose members keep apart: GROUP, then :node, :rack, :zone or :datacenter, then :soft if it is only a wish
     #[arg(long, value_name = "GROUP")]
     pub anti_affinity: Vec<AntiAffinity>,
     /// Devices that it needs: KIND=COUNT

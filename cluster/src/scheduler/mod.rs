@@ -2,7 +2,7 @@
 //!
 //! * [`model`]: nodes, VMs, requests and decisions
 //! * [`view`]: the cluster with indexes, kept up to date VM by VM; a clone is a snapshot
-//! * [`place`]: filters, scores, the search, and the explanation
+//! * [`mod@place`]: filters, scores, the search, and the explanation
 //! * [`preempt`]: who makes room
 //! * [`cluster`]: the view of the replicated state
 

@@ -153,7 +153,7 @@ impl Console {
     }
 
     /// The VM has ended: writes what can be written at once, and to standard output as long as its reader takes something
-    /// at least every [`READER_MS`].
+    /// at least every `READER_MS`.
     pub fn finish(&mut self, poll: &mut Poll) {
         self.take_output();
         self.write_out(poll);
