@@ -41,7 +41,7 @@ pub struct Accel {
     pub why: String,
     /// The first processor is there, but hosts run nothing on it that they are not forced to.
     ///
-    /// Up to QEMU 10 at least, TCG's XRSTOR on any processor clears a flag of the first one (`cpu_clear_ignne`) with a
+    /// In QEMU 7.2 (10.0 shows the same panic), TCG's XRSTOR on any processor clears a flag of the first one (`cpu_clear_ignne`) with a
     /// read, a change and a write that are not atomic. When the first processor leaves a guest at the same moment, it
     /// can stay half inside: nested paging goes on for the host. Then the guest ends in a triple fault, or the host
     /// panics. A first processor that never enters a guest cannot lose its flags.
