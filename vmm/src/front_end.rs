@@ -94,6 +94,7 @@ impl Options {
                 "--huge-pages" => options.memory_options.huge_pages = true,
                 "--thp" => options.memory_options.transparent_huge_pages = true,
                 "--merge" => options.memory_options.merge = true,
+                "--fork-ready" => options.memory_options.fork_ready = true,
                 "--rng" => options.rng = true,
                 "--control" => options.control = Some(value()?),
                 "--boot-timer" => options.boot_timer = true,

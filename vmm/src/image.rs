@@ -2,12 +2,12 @@
 //! does not touch, and all VMs of one kernel share the pages that they do not write.
 //!
 //! ```text
-//!   guest memory   │ memfd │ kernel file, private │ memfd │ initramfs file, private │ memfd │
-//!                          └── what the guest writes is its own page, the file does not change
+//!   guest memory   │ memory │ kernel file, private │ memory │ initramfs file, private │ memory │
+//!                           └── what the guest writes is its own page, the file does not change
 //! ```
 //!
 //! A stock kernel has 45 MiB, of which it touches a part while it boots. Reading all of it costs more than everything else
-//! that is done before the first instruction. Whoever takes the memory file for the memory calls [`Images::settle`] before.
+//! that is done before the first instruction. Whoever takes a memory file for the memory calls [`Images::settle`] before.
 //! The files must stay as they are while the VM runs; the agent's store is written once and replaces by renaming.
 
 use std::fs::File;
@@ -60,12 +60,8 @@ impl Images {
         if to % PAGE != offset % PAGE || whole < MAP_MIN {
             return memory::read_file(guest, to, file, offset, length);
         }
-        // Memory without a file is kept by its pages' writes, which a mapping is not.
-        let has_file =
-            guest.find_region(GuestAddress(start)).is_some_and(|region| region.file_offset().is_some());
-        let size = match usize::try_from(whole) {
-            Ok(size) if has_file => size,
-            _ => return memory::read_file(guest, to, file, offset, length),
+        let Ok(size) = usize::try_from(whole) else {
+            return memory::read_file(guest, to, file, offset, length);
         };
         // Below the first and above the last whole page there may be something else.
         let (head, tail) = (start - to, to.saturating_add(bytes) - end);
@@ -165,6 +161,7 @@ fn settle(guest: &GuestMemory, start: u64, size: usize) -> Result<(), SettleErro
 #[cfg(test)]
 mod tests {
     use super::*;
+    use blixard_vmm_api::snapshot::MemoryConfig;
     use std::io::Write;
     use std::os::unix::fs::FileExt;
     use vm_memory::Bytes;
@@ -201,7 +198,8 @@ mod tests {
 
     #[test]
     fn what_is_written_stays_out_of_the_file_and_gets_into_the_memory_file_by_settling() {
-        let memory = memory::create(16).unwrap();
+        let options = MemoryConfig { fork_ready: true, ..Default::default() };
+        let (memory, _) = memory::create_as(16, options).unwrap();
         let (file, mut bytes) = image(300_000);
         let mut images = Images::default();
         images.place(&memory, AT, &file, 0, bytes.len()).unwrap();

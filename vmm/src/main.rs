@@ -42,7 +42,7 @@ blixard-vmm run --kernel PATH    run a VM on this terminal; all paths are opened
     [--disk PATH[,ro]]... [--pmem PATH[,ro]]... [--tap NAME[,QUEUES][,vhost]]... [--vsock PATH,CID] [--rng]
     [--balloon MIB[,oom][,reporting][,hinting][,statistics=SECONDS]]
     [--control PATH] [--boot-timer] [--no-stdin] [--log-syscalls]
-    [--cpu BASELINE] [--track-writes] [--huge-pages] [--thp] [--merge]
+    [--cpu BASELINE] [--track-writes] [--huge-pages] [--thp] [--merge] [--fork-ready]
 blixard-vmm run --restore STATE,MEMORY [--base STATE,MEMORY]...
     run a VM from a snapshot, with devices as above; a diff needs the snapshots that it is based on, oldest first
     [--userfault] [--working-set PATH] [--clock-went-on] [--paused]

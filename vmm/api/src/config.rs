@@ -352,6 +352,10 @@ impl VmConfig {
             check_name(&pmem.id, &format!("pmem[{i}].id"))?;
             check(ids.insert(&pmem.id), &format!("pmem[{i}].id"), || "used twice".into())?;
         }
+        let file = self.memory.huge_pages || self.memory.fork_ready;
+        check(!(self.memory.merge && file), "memory.merge", || {
+            "only anonymous memory is merged, which huge_pages and fork_ready exclude".into()
+        })?;
         self.rng_limit.validate("rng_limit")?;
         if let Some(balloon) = &self.balloon {
             check(balloon.target_mib < self.memory_mib, "balloon.target_mib", || {

@@ -86,7 +86,7 @@ pub struct MemoryConfig {
     /// Pages of 2 MiB from the host's pool (`hugetlbfs`). The host has to have them.
     #[serde(default)]
     pub huge_pages: bool,
-    /// The kernel may use transparent huge pages.
+    /// The kernel may use transparent huge pages, also where it gives them only to those who ask.
     #[serde(default)]
     pub transparent_huge_pages: bool,
     /// The kernel may merge equal pages of VMs (KSM). VMs that share pages can find that out by timing.
@@ -95,6 +95,10 @@ pub struct MemoryConfig {
     /// Note which pages are written, so that snapshots after the first may be diffs. Costs a fault per page and interval.
     #[serde(default)]
     pub track_writes: bool,
+    /// Memory is a file from the start, so that the first fork copies nothing. Costs huge pages, and with them a start that is
+    /// about half again as long.
+    #[serde(default)]
+    pub fork_ready: bool,
 }
 
 /// Which memory a snapshot has.

@@ -1,6 +1,7 @@
-//! Guest memory: one file, mapped as one region below 3 GiB and one above 4 GiB.
+//! Guest memory: one region below 3 GiB and one above 4 GiB, anonymous or mapped from a file.
 //!
-//! Nothing is touched or allocated in proportion to its size; pages appear when somebody writes to them.
+//! Regions begin at a multiple of 2 MiB, so that the kernel can give them huge pages, and KVM use those for the guest:
+//! it needs host and guest address to be equal in their last 21 bits. Nothing is touched or allocated in proportion to its size; pages appear when somebody writes to them.
 
 pub mod dirty;
 pub mod pages;
@@ -71,7 +72,7 @@ pub enum LoadError {
     },
 }
 
-/// Makes `mib` MiB of guest memory from a file of its own.
+/// Makes `mib` MiB of guest memory.
 ///
 /// # Errors
 /// It is more than the host has, or the system refuses.
@@ -84,13 +85,12 @@ pub fn create(mib: u32) -> Result<GuestMemory, MemoryError> {
 /// # Errors
 /// It is more than the host has, or the system refuses.
 pub fn create_as(mib: u32, options: MemoryConfig) -> Result<(GuestMemory, Option<Arc<File>>), MemoryError> {
-    let host = host_memory().map_err(MemoryError::Create)? / MIB;
+    let host = host().map_err(MemoryError::Create)?.memory / MIB;
     if u64::from(mib) > host {
         return Err(MemoryError::MoreThanHost { asked: mib, host });
     }
     let size = u64::from(mib) * MIB;
-    if options.merge {
-        // KSM merges pages of private mappings only.
+    if !options.huge_pages && !options.fork_ready {
         let memory = map(None, size, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS)?;
         advise(&memory, options);
         return Ok((memory, None));
@@ -125,8 +125,10 @@ fn map(file: Option<&Arc<File>>, size: u64, flags: libc::c_int) -> Result<GuestM
         let bytes = usize::try_from(length).map_err(|e| MemoryError::Create(io::Error::other(e)))?;
         let file = file.map(|file| FileOffset::from_arc(file.clone(), offset));
         let protection = libc::PROT_READ | libc::PROT_WRITE;
+        let frame = Frame::around(bytes);
         let mapping = MmapRegion::build(file, bytes, protection, flags | libc::MAP_NORESERVE)
             .map_err(|source| MemoryError::Map { mib: size / MIB, source })?;
+        drop(frame);
         GuestRegionMmap::new(mapping, GuestAddress(start))
             .ok_or_else(|| MemoryError::Create(io::Error::other("guest address overflows")))
     };
@@ -135,6 +137,37 @@ fn map(file: Option<&Arc<File>>, size: u64, flags: libc::c_int) -> Result<GuestM
         regions.push(region(low, size - low, HIGH_RAM_START)?);
     }
     GuestMemoryMmap::from_regions(regions).map_err(MemoryError::Arrange)
+}
+
+/// Reservations around a free place that begins at a multiple of 2 MiB and has the size of the mapping that comes next: the
+/// kernel takes the highest place that fits. (It aligns large anonymous mappings itself, since Linux 6.7, and no others.)
+/// Should it choose another place, memory has no huge pages, and that is all.
+struct Frame(Vec<(*mut libc::c_void, usize)>);
+
+impl Frame {
+    fn around(bytes: usize) -> Option<Self> {
+        const HUGE: usize = 2 << 20;
+        let room = bytes.checked_add(HUGE).filter(|_| bytes >= HUGE)?;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        // SAFETY: a new mapping at a place of the kernel's choice touches nothing that exists.
+        let start = unsafe { libc::mmap(std::ptr::null_mut(), room, libc::PROT_NONE, flags, -1, 0) };
+        if start == libc::MAP_FAILED {
+            return None;
+        }
+        let head = start.addr().next_multiple_of(HUGE) - start.addr();
+        let place = start.wrapping_byte_add(head);
+        drop(Self(vec![(place, bytes)]));
+        Some(Self(vec![(start, head), (place.wrapping_byte_add(bytes), HUGE - head)]))
+    }
+}
+
+impl Drop for Frame {
+    fn drop(&mut self) {
+        for (start, bytes) in self.0.iter().filter(|(_, bytes)| *bytes > 0) {
+            // SAFETY: the range was mapped by `around`, and nobody knows it.
+            unsafe { libc::munmap(*start, *bytes) };
+        }
+    }
 }
 
 /// Tells the kernel what it may do with the pages. A host without the feature does nothing.
@@ -188,7 +221,13 @@ pub fn memfd(name: &CStr, flags: libc::c_uint) -> io::Result<File> {
     Ok(unsafe { File::from_raw_fd(fd) })
 }
 
-fn host_memory() -> io::Result<u64> {
+/// Memory of the host, in bytes.
+pub(crate) struct Host {
+    memory: u64,
+    swap: u64,
+}
+
+pub(crate) fn host() -> io::Result<Host> {
     let mut info = std::mem::MaybeUninit::<libc::sysinfo>::uninit();
     // SAFETY: the pointer is to memory large enough for the structure.
     if unsafe { libc::sysinfo(info.as_mut_ptr()) } != 0 {
@@ -196,7 +235,8 @@ fn host_memory() -> io::Result<u64> {
     }
     // SAFETY: the call succeeded, so the kernel filled the structure.
     let info = unsafe { info.assume_init() };
-    Ok(info.totalram.saturating_mul(u64::from(info.mem_unit)))
+    let bytes = |units: libc::c_ulong| units.saturating_mul(u64::from(info.mem_unit));
+    Ok(Host { memory: bytes(info.totalram), swap: bytes(info.totalswap) })
 }
 
 /// Reads `length` bytes at `offset` of `file` to guest address `to`. The position of the descriptor is not moved: other
@@ -254,6 +294,25 @@ mod tests {
         memory.write_obj(7u8, GuestAddress(HIGH_RAM_START + MIB - 1)).unwrap();
         assert!(memory.read_obj::<u8>(GuestAddress(LOW_RAM.end())).is_err());
         assert_eq!(memory.read_obj::<u8>(GuestAddress(0)).unwrap(), 0);
+    }
+
+    #[test]
+    fn every_region_begins_where_huge_pages_can() {
+        // What lies between changes where the kernel puts the next mapping; so do other threads, which a VMM does not have yet.
+        let mut kept = vec![];
+        for odd in [4096, 12288, 4096 * 300] {
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+            kept.push(MmapRegion::<()>::build(None, odd, libc::PROT_NONE, flags).unwrap());
+            for options in [MemoryConfig::default(), MemoryConfig { fork_ready: true, ..Default::default() }]
+            {
+                let aligned = (0..50).any(|_| {
+                    let (memory, file) = create_as(3 * 1024 + 64, options).unwrap();
+                    assert_eq!(file.is_some(), options.fork_ready);
+                    memory.iter().all(|region| region.get_mmap().as_ptr().addr() % (2 << 20) == 0)
+                });
+                assert!(aligned, "{options:?}");
+            }
+        }
     }
 
     #[test]

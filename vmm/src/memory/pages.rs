@@ -63,6 +63,13 @@ impl Pages {
         Runs { words: &self.0, at: 0 }
     }
 
+    /// Its pages from `first` to before `end`, both multiples of 64 or the end, as extents.
+    pub fn within(&self, first: u64, end: u64) -> impl Iterator<Item = Extent> {
+        let number = |page: u64| u32::try_from(page).unwrap_or(u32::MAX);
+        let (words, at) = (usize::try_from(end.div_ceil(64)).unwrap_or(usize::MAX), number(first));
+        Runs { words: self.0.get(..words).unwrap_or(&self.0), at }
+    }
+
     /// The set as at most [`EXTENTS_MAX`] extents. When there are more, those that are nearest to each other become one with
     /// the pages between them.
     pub fn extents(&self) -> Vec<Extent> {

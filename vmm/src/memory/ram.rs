@@ -1,10 +1,14 @@
 //! Guest memory over the life of a VM: where its pages are, which were written, and how snapshots and forks get them.
 //!
 //! ```text
-//!   Own       a memfd, mapped shared: its data is the memory            ── freeze() ──► Base
-//!   Base      a frozen file, mapped private: the file's data, and on top the pages that were written since
-//!   Nothing   no file (memory that KSM may merge): only the pages that were written since
+//!   Anonymous  no file: the pages that are there are the memory            ── freeze(), by copying ──►  Base
+//!   Own        a memfd, mapped shared: its data is the memory              ── freeze(), in place ────►  Base
+//!   Base       a frozen file, mapped private: the file's data, and on top the pages that were written since
 //! ```
+//!
+//! Anonymous memory is what a VM boots with: the kernel gives it huge pages, of which a guest needs far fewer than of a
+//! memfd's small ones before it is up. The first fork copies what is there to a file, once. A VM that is made to be forked
+//! (`memory.fork_ready`) has that file from the start.
 //!
 //! On top of a base each first write of a page costs a fault anyway, so there writes are always tracked: it is known
 //! exactly which pages are the VM's own.
@@ -40,6 +44,9 @@ pub enum RamError {
     /// The memory file cannot be written.
     #[error("write the memory file")]
     Write(#[source] io::Error),
+    /// The kernel does not tell which pages are there.
+    #[error("find the pages of guest memory")]
+    Resident(#[source] io::Error),
     /// Memory cannot be frozen.
     #[error("freeze guest memory: {call}")]
     Freeze {
@@ -69,9 +76,9 @@ pub struct Base {
 }
 
 enum Origin {
+    Anonymous,
     Own(Arc<File>),
     Base(Base),
-    Nothing,
 }
 
 /// What was written to a memory file.
@@ -101,7 +108,7 @@ pub struct Ram {
     origin: Origin,
     /// What is mapped from other files, on top of memory of its own.
     images: Images,
-    /// Pages of the VM's own on top of its origin, when that is not a file of its own.
+    /// Pages of the VM's own on top of its base, if it has one.
     own: Pages,
     tracked: bool,
     /// The last snapshot and what was written since.
@@ -110,11 +117,10 @@ pub struct Ram {
 }
 
 impl Ram {
-    /// Memory of a VM that boots. `file` is what it is mapped from; none means that nothing is.
+    /// Memory of a VM that boots. `file` is what it is mapped from; without one it is anonymous.
     pub fn new(memory: &GuestMemory, file: Option<Arc<File>>, options: MemoryConfig) -> Self {
-        let tracked = options.track_writes || file.is_none();
-        let origin = file.map_or(Origin::Nothing, Origin::Own);
-        Self::with(memory, origin, options, tracked)
+        let origin = file.map_or(Origin::Anonymous, Origin::Own);
+        Self::with(memory, origin, options, options.track_writes)
     }
 
     /// Memory that was mapped private from `base`, with pages `own` changed since; all that is snapshot `id`.
@@ -183,22 +189,16 @@ impl Ram {
     pub fn write_full(&mut self, vm: &Vm, file: &File, id: Id) -> Result<Written, RamError> {
         self.collect(vm)?;
         let size = self.empty(file)?;
-        let bytes = match &self.origin {
-            Origin::Own(own) => {
-                let data = sparse::data(own, size).map_err(RamError::Write)?;
-                let mut pages = Pages::new(size / 4096);
-                data.into_iter().chain(self.images.extents()).for_each(|extent| pages.add(extent));
-                sparse::write(&self.memory, pages.runs(), file)
-            }
-            Origin::Base(base) => {
-                let mut pages = self.own.clone();
-                let data = sparse::data(&base.memory, size).map_err(RamError::Write)?;
-                data.into_iter().for_each(|extent| pages.add(extent));
-                sparse::write(&self.memory, pages.runs(), file)
-            }
-            Origin::Nothing => sparse::write(&self.memory, self.own.runs(), file),
+        let mut pages = match &self.origin {
+            Origin::Anonymous => sparse::resident(&self.memory).map_err(RamError::Resident)?,
+            Origin::Own(_) => Pages::new(size / 4096),
+            Origin::Base(_) => self.own.clone(),
+        };
+        if let Origin::Own(file) | Origin::Base(Base { memory: file, .. }) = &self.origin {
+            sparse::data(file, size).map_err(RamError::Write)?.into_iter().for_each(|e| pages.add(e));
         }
-        .map_err(RamError::Write)?;
+        self.images.extents().for_each(|extent| pages.add(extent));
+        let bytes = sparse::write(&self.memory, pages.runs(), file).map_err(RamError::Write)?;
         self.begin_interval(id);
         Ok(Written { parent: None, extents: vec![], bytes })
     }
@@ -237,39 +237,73 @@ impl Ram {
     /// The kernel refuses.
     pub fn freeze(&mut self, vm: &Vm, state: &Arc<File>, id: Id) -> Result<Frozen, RamError> {
         self.collect(vm)?;
-        match &self.origin {
-            Origin::Own(file) => {
-                let memory = file.clone();
-                self.images.settle(&self.memory)?;
-                self.freeze_own(vm, &memory)?;
-                self.origin = Origin::Base(Base { state: state.clone(), memory: memory.clone(), id });
-                let written = Written { parent: None, extents: vec![], bytes: 0 };
-                Ok(Frozen { written, memory, base: None })
-            }
-            origin => {
-                let base = if let Origin::Base(base) = origin { Some(base.clone()) } else { None };
-                let file = memory_file(sparse::size(&self.memory), false).map_err(MemoryError::Create)?;
-                let extents = if base.is_some() { self.own.extents() } else { vec![] };
-                let bytes = if base.is_some() {
-                    sparse::write(&self.memory, extents.iter().copied(), &file)
-                } else {
-                    sparse::write(&self.memory, self.own.runs(), &file)
-                };
-                let bytes = bytes.map_err(RamError::Write)?;
-                super::seal(&file).map_err(RamError::Write)?;
-                let written = Written { parent: base.as_ref().map(|base| base.id), extents, bytes };
-                Ok(Frozen { written, memory: Arc::new(file), base })
-            }
+        if let Origin::Base(base) = &self.origin {
+            let base = base.clone();
+            let file = self.new_file()?;
+            let extents = self.own.extents();
+            let bytes =
+                sparse::write(&self.memory, extents.iter().copied(), &file).map_err(RamError::Write)?;
+            super::seal(&file).map_err(RamError::Write)?;
+            let written = Written { parent: Some(base.id), extents, bytes };
+            return Ok(Frozen { written, memory: file, base: Some(base) });
         }
+        let (memory, bytes) = if let Origin::Own(file) = &self.origin {
+            let file = file.clone();
+            self.images.settle(&self.memory)?;
+            self.map_frozen(&file, 0, u64::MAX)?;
+            (file, 0)
+        } else {
+            let file = self.new_file()?;
+            let bytes = self.move_to(&file)?;
+            self.images = Images::default();
+            (file, bytes)
+        };
+        self.freeze_own(vm, &memory)?;
+        self.origin = Origin::Base(Base { state: state.clone(), memory: memory.clone(), id });
+        let written = Written { parent: None, extents: vec![], bytes };
+        Ok(Frozen { written, memory, base: None })
     }
 
-    /// The file stays as it is from now on: the VM keeps its writes for itself.
-    fn freeze_own(&mut self, vm: &Vm, file: &File) -> Result<(), RamError> {
-        let freeze = |call| move |source| RamError::Freeze { call, source };
-        let mut offset: libc::off_t = 0;
+    fn new_file(&self) -> Result<Arc<File>, RamError> {
+        let file = memory_file(sparse::size(&self.memory), false).map_err(MemoryError::Create)?;
+        Ok(Arc::new(file))
+    }
+
+    /// Copies anonymous memory to `file` and maps that in its place, piece by piece: at no time is there more than a piece of
+    /// it twice, so that a limit on memory that was enough before still is. Answers the number of bytes copied.
+    fn move_to(&mut self, file: &File) -> Result<u64, RamError> {
+        let mut pages = sparse::resident(&self.memory).map_err(RamError::Resident)?;
+        self.images.extents().for_each(|extent| pages.add(extent));
+        let (mut bytes, mut at, size) = (0, 0, sparse::size(&self.memory));
+        while at < size {
+            let end = size.min(at + MOVE_PIECE);
+            let copied = sparse::write(&self.memory, pages.within(at / 4096, end / 4096), file);
+            // From the first piece on, memory is partly moved, and an error is that of a memory half frozen.
+            bytes += copied.map_err(|source| RamError::Freeze { call: "copy", source })?;
+            self.map_frozen(file, at, end)?;
+            at = end;
+        }
+        Ok(bytes)
+    }
+
+    /// Maps bytes `from` to `to` of the file in the place of guest memory that has the same content: what is written from then
+    /// on stays out of the file.
+    fn map_frozen(&self, file: &File, from: u64, to: u64) -> Result<(), RamError> {
+        let freeze = |source| RamError::Freeze { call: "mmap", source };
+        let mut start = 0;
         for region in self.memory.iter() {
-            let (address, length) = (region.get_mmap().as_ptr(), region.get_mmap().size());
-            // SAFETY: the range is the whole mapping of the region, which is replaced by another mapping with the same
+            let end = start + region.len();
+            let (first, behind) = (from.clamp(start, end), to.clamp(start, end));
+            let number = |bytes: u64| usize::try_from(bytes).map_err(|e| freeze(io::Error::other(e)));
+            let (skip, length) = (number(first - start)?, number(behind - first)?);
+            start = end;
+            if length == 0 {
+                continue;
+            }
+            let offset = libc::off_t::try_from(first).map_err(|e| freeze(io::Error::other(e)))?;
+            // SAFETY: `skip` is below the length of the region, as `length` is not 0.
+            let address = unsafe { region.get_mmap().as_ptr().add(skip) };
+            // SAFETY: the range is a part of the mapping of the region, which is replaced by another mapping with the same
             // content and protection; everything that uses it by address stays right. KVM is told by the kernel.
             let mapped = unsafe {
                 libc::mmap(
@@ -282,14 +316,19 @@ impl Ram {
                 )
             };
             if mapped == libc::MAP_FAILED {
-                return Err(freeze("mmap")(io::Error::last_os_error()));
+                return Err(freeze(io::Error::last_os_error()));
             }
-            offset += libc::off_t::try_from(length).unwrap_or(0);
         }
+        Ok(())
+    }
+
+    /// The file, which is mapped, stays as it is from now on: the VM keeps its writes for itself.
+    fn freeze_own(&mut self, vm: &Vm, file: &File) -> Result<(), RamError> {
         advise(&self.memory, self.options);
         // SAFETY: an fcntl on a descriptor that we own, with an integer argument.
         if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, F_SEAL_FUTURE_WRITE) } != 0 {
-            return Err(freeze("seal")(io::Error::last_os_error()));
+            let source = io::Error::last_os_error();
+            return Err(RamError::Freeze { call: "seal", source });
         }
         let pages = sparse::size(&self.memory) / u64::try_from(PAGE).unwrap_or(1);
         self.own = Pages::new(pages);
@@ -305,6 +344,8 @@ impl Ram {
     }
 }
 
+/// Bytes that are moved to a file at a time, a multiple of the largest page of anonymous memory.
+const MOVE_PIECE: u64 = 8 << 20;
 /// Nothing writes to the file any more, except mappings that exist; there are none.
 const F_SEAL_FUTURE_WRITE: libc::c_int = 0x0010;
 

@@ -7,7 +7,7 @@ use std::os::fd::AsRawFd;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, VolatileMemory};
 
 use super::dirty::PAGE;
-use super::pages::Extent;
+use super::pages::{Extent, Pages};
 use crate::virtio::device::{GuestMemory, Slice};
 
 /// Most bytes of one call.
@@ -151,6 +151,39 @@ pub fn prefetch(memory: &GuestMemory, extents: &[Extent]) {
     }
 }
 
+/// The pages of memory that are there: all others were never touched, or given back, and are zero. Where the host swaps, the
+/// kernel does not tell a page that is swapped out from one that never was: there the answer is all pages.
+///
+/// # Errors
+/// The system refuses.
+pub fn resident(memory: &GuestMemory) -> io::Result<Pages> {
+    let mut pages = Pages::new(size(memory) / PAGE_64);
+    let all = (0, u32::try_from(size(memory) / PAGE_64).map_err(io::Error::other)?);
+    if super::host()?.swap == 0 {
+        let mut there = vec![0u8; CHUNK / PAGE];
+        pieces(memory, all, |at, slice| {
+            let guard = slice.ptr_guard();
+            // SAFETY: the range is mapped, and begins at a page; the answer has a byte for each of its pages.
+            let got = unsafe {
+                libc::mincore(guard.as_ptr().cast_mut().cast(), slice.len(), there.as_mut_ptr().cast())
+            };
+            if got != 0 {
+                return Err(io::Error::last_os_error());
+            }
+            let first = u32::try_from(at / PAGE_64).map_err(io::Error::other)?;
+            let answers = there.iter().take(slice.len() / PAGE).zip(first..);
+            answers.filter(|(there, _)| **there & 1 != 0).for_each(|(_, page)| pages.add((page, 1)));
+            Ok(())
+        })?;
+        // Swap that appeared meanwhile may hold what was just looked for.
+        if super::host()?.swap == 0 {
+            return Ok(pages);
+        }
+    }
+    pages.add(all);
+    Ok(pages)
+}
+
 /// Where `file` has data, as extents of whole pages. A file system that knows no holes answers one extent.
 ///
 /// # Errors
@@ -194,6 +227,9 @@ mod tests {
             memory.write_obj(page + 1, GuestAddress(page * 4096 + 4088)).unwrap();
         }
         memory.write_obj(0u64, GuestAddress(9 * 4096)).unwrap();
+        let pages = resident(&memory).unwrap();
+        assert!([0, 5, 6, 9, 4095].into_iter().all(|page| pages.contains(page)));
+        assert!(pages.count() <= 3 * 512, "at most three huge pages are touched: {}", pages.count());
         let file = tempfile::tempfile().unwrap();
         file.set_len(16 * MIB).unwrap();
         assert_eq!(write(&memory, [(0, 4096)].into_iter(), &file).unwrap(), 4 * 4096);

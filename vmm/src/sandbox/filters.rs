@@ -260,6 +260,8 @@ pub const IO: &[Row] = &[
     ioctl!(KVM_GET_DIRTY_LOG),           // snapshot: pages that the guest wrote
     ioctl!(KVM_SET_USER_MEMORY_REGION),  // fork: writes are logged from then on
     any(libc::SYS_lseek),                // snapshot: where the memory file has data
+    any(libc::SYS_mincore),              // snapshot, fork: which pages of anonymous memory are there
+    any(libc::SYS_sysinfo),              // snapshot, fork: whether the host swaps
     any(libc::SYS_fstat),                // blk: another size or backing; snapshot: files that were passed are regular
     any(libc::SYS_memfd_create),         // fork: the state that children get
     only(libc::SYS_fcntl, &[(1, F_ADD_SEALS, Only::Equal)]), // fork: nobody changes what children share

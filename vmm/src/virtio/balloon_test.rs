@@ -1,11 +1,11 @@
 //! A balloon through its driver: what is given up goes back to the host, and nothing else does.
 
-use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
 use blixard_vmm_api::config::BalloonConfig;
+use blixard_vmm_api::snapshot::MemoryConfig;
 use proptest::prelude::*;
-use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestRegionMmap, MmapRegion};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestRegionMmap, MmapRegion};
 
 use super::balloon::Balloon;
 use super::device::{Device, DeviceRequest, GuestMemory};
@@ -54,10 +54,9 @@ fn ask(machine: &mut Machine<Balloon>, request: DeviceRequest) -> Result<(), Str
     machine.device.on_request(request, &mut machine.events)
 }
 
-/// Pages of the memory file that the host holds.
+/// Pages of memory that the host holds.
 fn held(memory: &GuestMemory) -> u64 {
-    let region = memory.iter().next().unwrap();
-    region.get_mmap().file_offset().unwrap().file().metadata().unwrap().blocks() * 512 / PAGE
+    crate::memory::sparse::resident(memory).unwrap().count()
 }
 
 /// Sends bytes on a queue; false when the device failed.
@@ -75,7 +74,14 @@ fn numbers(pages: &[u64]) -> Vec<u8> {
 
 #[test]
 fn given_up_pages_go_back_to_the_host_and_come_back_empty() {
-    let mut machine = balloon();
+    for fork_ready in [false, true] {
+        let options = MemoryConfig { fork_ready, ..Default::default() };
+        give_up_pages(memory::create_as(16, options).unwrap().0);
+    }
+}
+
+fn give_up_pages(memory: GuestMemory) {
+    let mut machine = start(memory, &config(), ALL);
     for page in 1024..1100 {
         machine.put(page * PAGE, &[page as u8; 4096]);
     }

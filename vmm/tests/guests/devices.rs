@@ -73,8 +73,10 @@ fn a_disk_is_read_swapped_resized_and_written_while_its_guest_runs() {
 #[test]
 fn a_guest_gives_up_a_page_and_finds_it_empty() {
     if possible() {
-        let end = Vm::run(code::drives_a_balloon(), &["--balloon", "0,oom"]).end();
-        assert_eq!((end.code, end.output.as_str()), (Some(0), "B"), "{end:?}");
+        for more in [&[] as &[&str], &["--fork-ready"]] {
+            let end = Vm::run(code::drives_a_balloon(), &[&["--balloon", "0,oom"], more].concat()).end();
+            assert_eq!((end.code, end.output.as_str()), (Some(0), "B"), "{end:?}");
+        }
     }
 }
 

@@ -88,7 +88,7 @@ fn next(text: &str, first: Option<u8>) -> u8 {
 #[test]
 fn a_guest_goes_on_where_its_full_snapshot_was_made() {
     if possible() {
-        for more in [&[] as &[&str], &["--merge"], &["--thp", "--track-writes"]] {
+        for more in [&[] as &[&str], &["--merge"], &["--fork-ready"], &["--thp", "--track-writes"]] {
             let vm = letters(more);
             let control = vm.control();
             assert_eq!(control.ask(&Request::Pause), Reply::Done);
@@ -207,8 +207,11 @@ fn fork(control: &Control) -> Vec<OwnedFd> {
 
 #[test]
 fn children_and_parent_go_on_from_the_same_letter_and_diverge() {
-    if possible() {
-        let parent = letters(&["--memory", "64"]);
+    for more in [&[] as &[&str], &["--fork-ready"], &["--merge", "--track-writes"]] {
+        if !possible() {
+            return;
+        }
+        let parent = letters(&[&["--memory", "64"], more].concat());
         let control = parent.control();
         control.ask(&Request::Pause);
         let files = fork(&control);
