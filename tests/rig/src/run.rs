@@ -109,7 +109,7 @@ pub fn run(options: &Options, cache: &Cache, leash: &Leash) -> Result<u8, Error>
     for ((index, place), origin) in (0..options.hosts).zip(&places).zip(&origins) {
         hosts.push(plan.start(index, place, origin, leash)?);
     }
-    let result = prepare(options, &mut hosts, &origins, image.path(), leash).and_then(|channels| {
+    let result = prepare(options, &accel, &mut hosts, &origins, image.path(), leash).and_then(|channels| {
         // Everything of the cache is open: others may make a snapshot of another shape now.
         drop((snapshot, image));
         command(options, &channels, leash)
@@ -130,6 +130,7 @@ pub fn run(options: &Options, cache: &Cache, leash: &Leash) -> Result<u8, Error>
 /// Restores the hosts and gives each what must differ: clock, names, addresses, random numbers, mounts.
 fn prepare(
     options: &Options,
+    accel: &Accel,
     hosts: &mut [Host],
     origins: &[Origin<'_>],
     image: &Path,
@@ -147,6 +148,9 @@ fn prepare(
     if options.boot {
         for ((_, shell), host) in channels.iter_mut().zip(hosts.iter()) {
             shell.run(host, snapshot::SETTLE)?;
+            if accel.spare_first {
+                shell.run(host, snapshot::HOLD)?;
+            }
         }
     }
     for ((_, shell), host) in channels.iter_mut().zip(hosts.iter()) {

@@ -13,7 +13,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// Raised when the making of snapshots changes in a way its other ingredients do not show.
-const VERSION: &str = "2";
+const VERSION: &str = "3";
 /// A boot takes half a minute under emulation; a loaded machine may need many times that.
 const BOOT_LIMIT: Duration = Duration::from_secs(900);
 
@@ -24,6 +24,13 @@ pub const SETTLE: &str = "systemctl is-system-running --wait
     [ -c /dev/kvm ] || { echo no /dev/kvm; exit 1; }
     tr -d - </proc/sys/kernel/random/uuid >/dev/null; ip -br addr >/dev/null; hostname >/dev/null
     mount -t tmpfs none /mnt; umount /mnt; sync";
+/// Keeps a VM without a processor open for as long as an emulated host runs. With its first VM and after its last one the
+/// kernel patches `__schedule` (`preempt_notifier_key`), and QEMU before 8.1 translates code that another processor may be
+/// patching: the breakpoint of the patch stayed in the translation, and all processors ran into it for ever. So it is
+/// patched once, before anything depends on the host. The descriptor of the VM is the process's own.
+pub const HOLD: &str = "setsid -w perl -e 'open(my $kvm, \"+<\", \"/dev/kvm\") or exit 1;
+        ioctl($kvm, 0xAE01, 0) or exit 1; fork and exit; sleep' </dev/null >/dev/null 2>&1 \
+        || { echo no VM can be made; exit 1; }";
 /// Says on the console, which we can read, that no ssh session is left.
 const WATCH: &str = "setsid sh -c 'while pgrep -f \"^sshd: root\" >/dev/null; do sleep 0.1; done
     sync; echo rig-is-idle >/dev/ttyS0' >/dev/null 2>&1 &";
@@ -70,6 +77,9 @@ fn make(new: &Path, image: &Entry, plan: &Plan<'_>, leash: &Leash) -> Result<(),
     let address = Address::of(&mut host, image.path())?;
     let mut shell = Shell::open(&mut host, &address, leash)?;
     shell.run(&host, SETTLE)?;
+    if plan.accel.spare_first {
+        shell.run(&host, HOLD)?;
+    }
     shell.run(&host, WATCH)?;
     shell.close()?;
     // The console is a file that QEMU appends to: there is no event to wait for.
