@@ -29,7 +29,7 @@ pub struct Routes {
 
 enum Target {
     Kvm(Arc<VmFd>),
-    #[cfg(test)]
+    #[cfg(any(test, feature = "guest-driver"))]
     Test(Mutex<Vec<(u64, u32)>>),
 }
 
@@ -50,17 +50,17 @@ impl Routes {
     }
 
     /// A table that only remembers what was sent.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "guest-driver"))]
     pub fn for_test() -> Self {
         Self { target: Target::Test(Mutex::default()), table: Mutex::default() }
     }
 
     /// What was sent, in tests.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "guest-driver"))]
     pub fn sent(&self) -> Vec<(u64, u32)> {
         match &self.target {
             Target::Kvm(_) => vec![],
-            Target::Test(sent) => sent.lock().unwrap().clone(),
+            Target::Test(sent) => sent.lock().unwrap_or_else(PoisonError::into_inner).clone(),
         }
     }
 
@@ -83,8 +83,8 @@ impl Routes {
     fn send_directly(&self, address: u64, data: u32) {
         match &self.target {
             Target::Kvm(vm) => vm.signal(address, data),
-            #[cfg(test)]
-            Target::Test(sent) => sent.lock().unwrap().push((address, data)),
+            #[cfg(any(test, feature = "guest-driver"))]
+            Target::Test(sent) => sent.lock().unwrap_or_else(PoisonError::into_inner).push((address, data)),
         }
     }
 
@@ -105,7 +105,7 @@ impl Routes {
                 }
                 Some(event)
             }
-            #[cfg(test)]
+            #[cfg(any(test, feature = "guest-driver"))]
             Target::Test(_) => {
                 table.push((address, data));
                 None
@@ -119,7 +119,7 @@ impl Routes {
         *table.get_mut(index)? = (address, data);
         match &self.target {
             Target::Kvm(vm) => set(vm, &table),
-            #[cfg(test)]
+            #[cfg(any(test, feature = "guest-driver"))]
             Target::Test(_) => Some(()),
         }
     }

@@ -32,8 +32,11 @@ pub mod descriptors;
 pub mod devices;
 pub mod elf;
 pub mod flight;
+#[cfg(any(test, feature = "guest-driver"))]
+pub mod hostile;
 pub mod image;
 pub mod interrupt;
+pub mod ioctl;
 pub mod kvm;
 pub mod layout;
 pub mod machine;

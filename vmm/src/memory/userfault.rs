@@ -26,12 +26,14 @@ const STACK: usize = 64 << 10;
 
 /// Requests and structures of `linux/userfaultfd.h`.
 mod uapi {
-    pub const NEW: libc::c_int = 0xAA00;
-    pub const API: libc::c_int = 0xC018_AA3F_u32.cast_signed();
-    pub const REGISTER: libc::c_int = 0xC020_AA00_u32.cast_signed();
-    pub const COPY: libc::c_int = 0xC028_AA03_u32.cast_signed();
-    pub const ZEROPAGE: libc::c_int = 0xC020_AA04_u32.cast_signed();
-    pub const WAKE: libc::c_int = 0x8010_AA02_u32.cast_signed();
+    use crate::ioctl;
+
+    pub const NEW: libc::Ioctl = ioctl::number(0xAA00);
+    pub const API: libc::Ioctl = ioctl::number(0xC018_AA3F);
+    pub const REGISTER: libc::Ioctl = ioctl::number(0xC020_AA00);
+    pub const COPY: libc::Ioctl = ioctl::number(0xC028_AA03);
+    pub const ZEROPAGE: libc::Ioctl = ioctl::number(0xC020_AA04);
+    pub const WAKE: libc::Ioctl = ioctl::number(0x8010_AA02);
     pub const VERSION: u64 = 0xAA;
     pub const FEATURE_EVENT_REMOVE: u64 = 1 << 3;
     pub const REGISTER_MODE_MISSING: u64 = 1;
@@ -73,7 +75,7 @@ pub struct Userfault {
 }
 
 /// An ioctl whose argument is an array of 64-bit fields.
-fn call(fd: RawFd, request: libc::c_int, fields: &mut [u64]) -> io::Result<()> {
+fn call(fd: RawFd, request: libc::Ioctl, fields: &mut [u64]) -> io::Result<()> {
     // SAFETY: each request used here has a structure of 64-bit fields, and each caller passes as many as it has. Addresses in
     // them lie in guest memory or in the buffer of this thread.
     match unsafe { libc::ioctl(fd, request, fields.as_mut_ptr()) } {

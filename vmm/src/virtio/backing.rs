@@ -5,13 +5,15 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 
+use crate::ioctl;
+
 /// Bytes of a sector: the unit of all addresses (virtio 1.3 section 5.2.4).
 pub const SECTOR: u64 = 512;
 
 // include/uapi/linux/fs.h: _IOR(0x12, 114, size_t), _IO(0x12, 104), _IO(0x12, 119).
-const BLKGETSIZE64: libc::Ioctl = 0x8008_1272_u32.cast_signed();
-const BLKSSZGET: libc::Ioctl = 0x1268;
-const BLKDISCARD: libc::Ioctl = 0x1277;
+const BLKGETSIZE64: libc::Ioctl = ioctl::number(0x8008_1272);
+const BLKSSZGET: libc::Ioctl = ioctl::number(0x1268);
+const BLKDISCARD: libc::Ioctl = ioctl::number(0x1277);
 
 /// Why a descriptor cannot be the backing of a disk.
 #[derive(Debug, thiserror::Error)]

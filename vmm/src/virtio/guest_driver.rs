@@ -181,6 +181,12 @@ impl DriverQueue {
         Some((head, (entry >> 32) as u32))
     }
 
+    /// Uses all descriptors again, whoever still has them: what a driver must not do.
+    pub fn forget(&mut self) {
+        self.chains.clear();
+        self.free = (0..self.size).rev().collect();
+    }
+
     /// Asks for an interrupt when the next chain is given back. Returns whether one was meanwhile.
     pub fn want_interrupt(&mut self) -> bool {
         if self.event_idx {

@@ -15,10 +15,6 @@ pub mod device;
 pub mod failure;
 #[cfg(any(test, feature = "guest-driver"))]
 pub mod guest_driver;
-#[cfg(any(test, feature = "guest-driver"))]
-pub mod hostile;
-#[cfg(test)]
-mod hostile_test;
 pub mod iovec;
 pub mod net;
 mod net_control;

@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use super::iovec::IoVecs;
 use super::socket;
+use crate::ioctl;
 
 /// Bytes of `struct virtio_net_hdr` in front of each frame (virtio 1.3 section 5.1.6).
 pub const HEADER: usize = 12;
@@ -29,10 +30,10 @@ pub mod offload {
 
 // include/uapi/linux/if_tun.h: _IOW('T', 208, unsigned int), _IOR('T', 210, unsigned int), _IOW('T', 216, int),
 // _IOW('T', 217, int).
-const TUNSETOFFLOAD: libc::Ioctl = 0x4004_54d0;
-const TUNGETIFF: libc::Ioctl = 0x8004_54d2_u32.cast_signed();
-const TUNSETVNETHDRSZ: libc::Ioctl = 0x4004_54d8;
-const TUNSETQUEUE: libc::Ioctl = 0x4004_54d9;
+const TUNSETOFFLOAD: libc::Ioctl = ioctl::number(0x4004_54d0);
+const TUNGETIFF: libc::Ioctl = ioctl::number(0x8004_54d2);
+const TUNSETVNETHDRSZ: libc::Ioctl = ioctl::number(0x4004_54d8);
+const TUNSETQUEUE: libc::Ioctl = ioctl::number(0x4004_54d9);
 const IFF_TAP: u16 = 2;
 const IFF_NO_PI: u16 = 0x1000;
 const IFF_VNET_HDR: u16 = 0x4000;

@@ -16,20 +16,21 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::device::GuestMemory;
 use super::queue::Queue;
+use crate::ioctl;
 
 // include/uapi/linux/vhost.h, ioctls of type 0xAF.
-const VHOST_GET_FEATURES: libc::Ioctl = 0x8008_AF00_u32.cast_signed();
-const VHOST_SET_FEATURES: libc::Ioctl = 0x4008_AF00;
-const VHOST_SET_OWNER: libc::Ioctl = 0xAF01;
-const VHOST_SET_MEM_TABLE: libc::Ioctl = 0x4008_AF03;
-const VHOST_SET_VRING_NUM: libc::Ioctl = 0x4008_AF10;
-const VHOST_SET_VRING_ADDR: libc::Ioctl = 0x4028_AF11;
-const VHOST_SET_VRING_BASE: libc::Ioctl = 0x4008_AF12;
-const VHOST_GET_VRING_BASE: libc::Ioctl = 0xC008_AF12_u32.cast_signed();
-const VHOST_SET_VRING_KICK: libc::Ioctl = 0x4008_AF20;
-const VHOST_SET_VRING_CALL: libc::Ioctl = 0x4008_AF21;
-const VHOST_SET_VRING_ERR: libc::Ioctl = 0x4008_AF22;
-const VHOST_NET_SET_BACKEND: libc::Ioctl = 0x4008_AF30;
+const VHOST_GET_FEATURES: libc::Ioctl = ioctl::number(0x8008_AF00);
+const VHOST_SET_FEATURES: libc::Ioctl = ioctl::number(0x4008_AF00);
+const VHOST_SET_OWNER: libc::Ioctl = ioctl::number(0xAF01);
+const VHOST_SET_MEM_TABLE: libc::Ioctl = ioctl::number(0x4008_AF03);
+const VHOST_SET_VRING_NUM: libc::Ioctl = ioctl::number(0x4008_AF10);
+const VHOST_SET_VRING_ADDR: libc::Ioctl = ioctl::number(0x4028_AF11);
+const VHOST_SET_VRING_BASE: libc::Ioctl = ioctl::number(0x4008_AF12);
+const VHOST_GET_VRING_BASE: libc::Ioctl = ioctl::number(0xC008_AF12);
+const VHOST_SET_VRING_KICK: libc::Ioctl = ioctl::number(0x4008_AF20);
+const VHOST_SET_VRING_CALL: libc::Ioctl = ioctl::number(0x4008_AF21);
+const VHOST_SET_VRING_ERR: libc::Ioctl = ioctl::number(0x4008_AF22);
+const VHOST_NET_SET_BACKEND: libc::Ioctl = ioctl::number(0x4008_AF30);
 
 /// Features of the rings and of the header, which the kernel has to know: those of the frames are the tap's business.
 /// `VIRTIO_NET_F_MRG_RXBUF`, `VIRTIO_F_INDIRECT_DESC`, `VIRTIO_F_EVENT_IDX`, `VIRTIO_F_VERSION_1`.

@@ -3,7 +3,6 @@
 //! The floating-point state goes by `KVM_GET_XSAVE2` and `KVM_SET_XSAVE`, which carry what is valid; `KVM_SET_FPU` on a
 //! fresh vCPU is lost again. Local APIC before MSRs: the TSC deadline counts only in the timer mode that the APIC has.
 
-use std::ffi::c_int;
 use std::os::fd::AsRawFd;
 
 use kvm_bindings::{
@@ -12,6 +11,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::VcpuFd;
 
+use crate::ioctl;
 use crate::snapshot::codec::{Invalid, Reader, Writer};
 use crate::snapshot::plain;
 
@@ -21,9 +21,9 @@ const XSAVE_MAX: usize = 64 << 10;
 const MSRS_MAX: usize = 1024;
 /// Registers of one call (`KVM_MAX_MSR_ENTRIES` is 256).
 const MSRS_PER_CALL: usize = 128;
-const KVM_GET_XSAVE: c_int = 0x9000_AEA4_u32.cast_signed();
-const KVM_GET_XSAVE2: c_int = 0x9000_AECF_u32.cast_signed();
-const KVM_SET_XSAVE: c_int = 0x5000_AEA5;
+const KVM_GET_XSAVE: libc::Ioctl = ioctl::number(0x9000_AEA4);
+const KVM_GET_XSAVE2: libc::Ioctl = ioctl::number(0x9000_AECF);
+const KVM_SET_XSAVE: libc::Ioctl = ioctl::number(0x5000_AEA5);
 /// `IA32_TIME_STAMP_COUNTER`.
 const MSR_TSC: u32 = 0x10;
 /// Size of the area without `KVM_CAP_XSAVE2`.
@@ -190,7 +190,7 @@ impl VcpuState {
 
 fn xsave_call(
     vcpu: &VcpuFd,
-    call: c_int,
+    call: libc::Ioctl,
     name: &'static str,
     area: &mut [u64],
 ) -> Result<(), VcpuStateError> {

@@ -1,45 +1,17 @@
-//! Bytes become what a hostile driver does: for fuzz targets. Nothing here knows what a device should answer; it only must
-//! not panic, hang or touch what is not its own.
-
-#![cfg_attr(
-    not(test),
-    expect(clippy::indexing_slicing, clippy::cast_possible_truncation, reason = "not part of the program")
-)]
+//! A guest whose every descriptor, ring index and buffer is made of bytes of the input, at any device.
 
 use std::time::Duration;
 
-use super::device::Device;
-use super::guest_driver::{Buffer, Machine};
+use super::Input;
+use crate::virtio::device::Device;
+use crate::virtio::guest_driver::{Buffer, Machine, write_descriptor};
 
 /// Most steps of one run.
 const STEPS: usize = 200;
+/// Most turns until a device that nobody asks anything has to be at rest.
+const TURNS: usize = 1000;
 
-/// Bytes that are used up.
-pub struct Input<'a>(&'a [u8]);
-
-impl<'a> Input<'a> {
-    /// These bytes.
-    pub fn new(bytes: &'a [u8]) -> Self {
-        Self(bytes)
-    }
-
-    /// The next byte; 0 behind the end.
-    pub fn byte(&mut self) -> u8 {
-        let Some((first, rest)) = self.0.split_first() else { return 0 };
-        self.0 = rest;
-        *first
-    }
-
-    /// The next four bytes as a number.
-    pub fn word(&mut self) -> u32 {
-        u32::from_le_bytes([self.byte(), self.byte(), self.byte(), self.byte()])
-    }
-
-    /// Whether all is used up.
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-
+impl Input<'_> {
     /// A guest address: mostly one inside memory, sometimes any.
     pub fn address(&mut self) -> u64 {
         match self.byte() {
@@ -91,7 +63,9 @@ pub fn drive<D: Device>(
         match step % 12 {
             0..=2 => {
                 let buffers = input.buffers();
-                machine.queues[queue].post(&buffers);
+                if machine.queues[queue].post(&buffers).is_none() {
+                    machine.queues[queue].forget();
+                }
             }
             3 => {
                 let (table, buffers) = (machine.buffers + 4096 * u64::from(input.byte()), input.buffers());
@@ -99,15 +73,26 @@ pub fn drive<D: Device>(
             }
             4 => {
                 let (address, length) = (input.address(), input.length());
-                let (flags, next) = (input.word() as u16 & 7, input.byte().into());
-                machine.queues[queue].descriptor(input.byte() as u16 % 64, address, length, flags, next);
+                let (flags, next) = (u16::from(input.byte() & 7), input.byte().into());
+                let place = input.byte();
+                match place & 0xC0 {
+                    // Into a table that an indirect descriptor may name.
+                    0xC0 => {
+                        let at =
+                            machine.buffers + 4096 * u64::from(place & 3) + 16 * u64::from(place >> 2 & 7);
+                        write_descriptor(&machine.memory, at, address, length, flags, next);
+                    }
+                    _ => {
+                        machine.queues[queue].descriptor(u16::from(place) % 64, address, length, flags, next)
+                    }
+                }
             }
-            5 => machine.queues[queue].available_index(input.word() as u16),
-            6 => machine.queues[queue].available_entry(input.byte().into(), input.word() as u16),
+            5 => machine.queues[queue].available_index(input.short()),
+            6 => machine.queues[queue].available_entry(input.byte().into(), input.short()),
             7 => {
                 let at = machine.buffers + u64::from(input.word() & 0xF_FFFF);
-                let bytes: Vec<u8> = (0..input.byte()).map(|_| input.byte()).collect();
-                machine.put(at, &bytes);
+                let count = input.byte();
+                machine.put(at, input.bytes(count.into()));
             }
             8 => {
                 machine.events.turn(&mut machine.device, Duration::ZERO);
@@ -115,6 +100,7 @@ pub fn drive<D: Device>(
             9 => match input.byte() % 4 {
                 0 => {
                     machine.reset();
+                    assert_eq!(machine.events.watched(), 0, "a device that was reset watches something");
                     machine.activate();
                 }
                 paused => machine.device.on_pause(paused == 1, &mut machine.events),
@@ -128,6 +114,10 @@ pub fn drive<D: Device>(
         machine.device.on_kick(index, &mut machine.events);
     }
     machine.device.on_pause(false, &mut machine.events);
+    let mut turns = 0..TURNS;
+    while machine.events.turn(&mut machine.device, Duration::ZERO) > 0 {
+        assert!(turns.next().is_some(), "the device never comes to rest");
+    }
     machine.reset();
-    assert_eq!(machine.events.watched(), 0);
+    assert_eq!(machine.events.watched(), 0, "a device that was reset watches something");
 }
