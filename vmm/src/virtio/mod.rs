@@ -20,7 +20,10 @@ pub mod net;
 mod net_control;
 #[cfg(test)]
 mod net_control_test;
+mod net_features;
+mod net_kernel;
 mod net_pair;
+pub mod net_parts;
 mod net_queues;
 pub mod net_tap;
 #[cfg(test)]

@@ -14,126 +14,37 @@
 //! watched.
 //!
 //! A card has as many pairs of queues as its tap has queues; the driver says over the control queue how many it uses, the
-//! first one at the beginning. With a descriptor of vhost-net per pair the kernel serves the pairs instead of us.
+//! first one at the beginning ([`super::net_control`]). With a descriptor of vhost-net per pair the kernel serves the pairs
+//! instead of us ([`super::net_kernel`]).
 
-use std::io;
 use std::sync::Arc;
 
 use blixard_vmm_api::config::MacAddr;
-use blixard_vmm_api::rate::RateLimit;
 use vmm_sys_util::epoll::EventSet;
 
 use super::device::{Activation, ConfigSpace, Device, DeviceKind, GuestMemory, Interrupt, Watch};
 use super::failure::Failure;
-use super::net_control::{self, Command};
+use super::net_features as feature;
 use super::net_pair::{Due, Limits, Pair};
+pub use super::net_parts::{MTU_MIN, NetError, PAIRS_MAX, Parts};
 use super::net_queues::{Host, NetFailure, Stop};
-use super::net_tap::{Tap, TapError, offload};
 use super::queue::Queue;
 use super::rate::Limiter;
 use super::turn::Turn;
-use super::vhost_net::{Ring, Vhost, VhostError};
+use super::vhost_net::Vhost;
 use crate::snapshot::codec::{Invalid, Reader, Writer};
 use crate::stats::Samples;
 
 const QUEUE_SIZE: u16 = 256;
 const CONTROL_QUEUE_SIZE: u16 = 64;
-const COMMANDS_PER_TURN: usize = 16;
 const TURN: u64 = 0;
 const RECEIVE_LIMIT: u64 = 1;
 const SEND_LIMIT: u64 = 2;
 const TAP_FIRST: u64 = 16;
-const KERNEL_FIRST: u64 = 64;
-
-/// Most pairs of queues.
-pub const PAIRS_MAX: usize = 8;
-/// Smallest MTU (virtio 1.3 section 5.1.4.1).
-pub const MTU_MIN: u16 = 68;
-
-/// Bits of virtio 1.3 section 5.1.3.
-mod feature {
-    pub const CSUM: u64 = 1 << 0;
-    pub const GUEST_CSUM: u64 = 1 << 1;
-    pub const CTRL_GUEST_OFFLOADS: u64 = 1 << 2;
-    pub const MTU: u64 = 1 << 3;
-    pub const MAC: u64 = 1 << 5;
-    pub const GUEST_TSO4: u64 = 1 << 7;
-    pub const GUEST_TSO6: u64 = 1 << 8;
-    pub const GUEST_ECN: u64 = 1 << 9;
-    pub const HOST_TSO4: u64 = 1 << 11;
-    pub const HOST_TSO6: u64 = 1 << 12;
-    pub const HOST_ECN: u64 = 1 << 13;
-    pub const MRG_RXBUF: u64 = 1 << 15;
-    pub const STATUS: u64 = 1 << 16;
-    pub const CTRL_VQ: u64 = 1 << 17;
-    pub const GUEST_ANNOUNCE: u64 = 1 << 21;
-    pub const MQ: u64 = 1 << 22;
-    pub const GUEST_USO4: u64 = 1 << 54;
-    pub const GUEST_USO6: u64 = 1 << 55;
-    pub const HOST_USO: u64 = 1 << 56;
-    /// What the driver can switch while it runs.
-    pub const GUEST_OFFLOADS: u64 =
-        GUEST_CSUM | GUEST_TSO4 | GUEST_TSO6 | GUEST_ECN | GUEST_USO4 | GUEST_USO6;
-}
+pub(super) const KERNEL_FIRST: u64 = 64;
 
 const STATUS_LINK_UP: u16 = 1;
 const STATUS_ANNOUNCE: u16 = 2;
-
-/// Why there can be no network card.
-#[derive(Debug, thiserror::Error)]
-pub enum NetError {
-    /// The descriptor is no tap that we can use.
-    #[error("the tap is unusable")]
-    Tap(#[from] TapError),
-    /// A group address.
-    #[error("{0} is not the hardware address of one card")]
-    Mac(MacAddr),
-    /// Below [`MTU_MIN`].
-    #[error("an MTU of {0} bytes is below {MTU_MIN}")]
-    Mtu(u16),
-    /// None, or more than [`PAIRS_MAX`].
-    #[error("{0} queues of the tap, 1 to {PAIRS_MAX} are possible")]
-    Pairs(usize),
-    /// Several queues of a tap that can have one only.
-    #[error("the tap was made without IFF_MULTI_QUEUE")]
-    OneQueue,
-    /// Not as many as there are pairs of queues.
-    #[error("{0} descriptors of vhost-net, one per queue of the tap is needed")]
-    VhostCount(usize),
-    /// The kernel serves the queues, so that nobody counts.
-    #[error("a card served by vhost-net cannot be limited")]
-    VhostLimit,
-    /// A descriptor is no vhost-net device.
-    #[error("vhost-net")]
-    Vhost(#[from] VhostError),
-    /// The events of the device cannot be made.
-    #[error("events of the device")]
-    Event(#[source] io::Error),
-}
-
-/// What a card is made of.
-pub struct Parts {
-    /// The queues of its tap, one per pair of queues.
-    pub taps: Vec<Tap>,
-    /// None, or one per pair of queues.
-    pub vhost: Vec<Vhost>,
-    /// Hardware address, unicast.
-    pub mac: MacAddr,
-    /// Largest packet in bytes.
-    pub mtu: u16,
-    /// Limit on frames to the guest.
-    pub receive_limit: RateLimit,
-    /// Limit on frames from the guest.
-    pub send_limit: RateLimit,
-}
-
-impl Parts {
-    /// A card on one queue, without limits.
-    pub fn new(tap: Tap, mac: MacAddr, mtu: u16) -> Self {
-        let (receive_limit, send_limit) = (RateLimit::default(), RateLimit::default());
-        Self { taps: vec![tap], vhost: vec![], mac, mtu, receive_limit, send_limit }
-    }
-}
 
 /// The device.
 pub struct Net {
@@ -144,15 +55,15 @@ pub struct Net {
     /// The interface is there.
     link: bool,
     /// The driver shall tell its neighbours where it is.
-    announce: bool,
-    hosts: Vec<Host>,
-    vhost: Vec<Vhost>,
+    pub(super) announce: bool,
+    pub(super) hosts: Vec<Host>,
+    pub(super) vhost: Vec<Vhost>,
     limits: Limits,
-    turn: Turn,
-    active: Option<Active>,
-    paused: bool,
+    pub(super) turn: Turn,
+    pub(super) active: Option<Active>,
+    pub(super) paused: bool,
     failure: Failure,
-    kernel_refusals: u64,
+    pub(super) kernel_refusals: u64,
     /// How the driver left a card of a snapshot that this one continues.
     restored: Option<Switches>,
 }
@@ -166,19 +77,20 @@ struct Switches {
     offloads: u64,
 }
 
-struct Active {
-    memory: Arc<GuestMemory>,
-    interrupt: Arc<dyn Interrupt>,
-    features: u64,
-    pairs: Vec<Pair>,
-    control: Queue,
-    control_waits: bool,
+/// The driver's side.
+pub(super) struct Active {
+    pub(super) memory: Arc<GuestMemory>,
+    pub(super) interrupt: Arc<dyn Interrupt>,
+    pub(super) features: u64,
+    pub(super) pairs: Vec<Pair>,
+    pub(super) control: Queue,
+    pub(super) control_waits: bool,
     /// Pairs that the driver uses.
-    in_use: usize,
+    pub(super) in_use: usize,
     /// Offload features that it uses.
-    offloads: u64,
+    pub(super) offloads: u64,
     /// The kernel serves the pairs, and nobody else.
-    kernel: bool,
+    pub(super) kernel: bool,
 }
 
 impl Net {
@@ -187,30 +99,11 @@ impl Net {
     /// # Errors
     /// What is wrong with its parts.
     pub fn new(parts: Parts) -> Result<Self, NetError> {
+        parts.check()?;
         let Parts { taps, vhost, mac, mtu, receive_limit, send_limit } = parts;
-        let pairs = taps.len();
-        if !mac.is_unicast() {
-            return Err(NetError::Mac(mac));
-        }
-        if mtu < MTU_MIN {
-            return Err(NetError::Mtu(mtu));
-        }
-        if !(1..=PAIRS_MAX).contains(&pairs) {
-            return Err(NetError::Pairs(pairs));
-        }
-        if pairs > 1 && !taps.iter().all(Tap::is_multi_queue) {
-            return Err(NetError::OneQueue);
-        }
-        if !vhost.is_empty() && vhost.len() != pairs {
-            return Err(NetError::VhostCount(vhost.len()));
-        }
-        let limited = receive_limit != RateLimit::default() || send_limit != RateLimit::default();
-        if !vhost.is_empty() && limited {
-            return Err(NetError::VhostLimit);
-        }
         let limiter = |limit| Limiter::new(limit).map_err(NetError::Event);
         let limits = Limits { receive: limiter(&receive_limit)?, send: limiter(&send_limit)? };
-        let mut queue_sizes = vec![QUEUE_SIZE; 2 * pairs];
+        let mut queue_sizes = vec![QUEUE_SIZE; 2 * taps.len()];
         queue_sizes.push(CONTROL_QUEUE_SIZE);
         let mut net = Self {
             mac,
@@ -234,7 +127,7 @@ impl Net {
     }
 
     /// `struct virtio_net_config` (virtio 1.3 section 5.1.4).
-    fn show_config(&mut self) {
+    pub(super) fn show_config(&mut self) {
         let mut status = 0;
         if self.link {
             status |= STATUS_LINK_UP;
@@ -266,7 +159,11 @@ impl Net {
     }
 
     /// Gives the pairs in use that have a reason a turn.
-    fn run(&mut self, watch: &mut dyn Watch, mut due: impl FnMut(usize, &mut Pair, &mut Host) -> Due) {
+    pub(super) fn run(
+        &mut self,
+        watch: &mut dyn Watch,
+        mut due: impl FnMut(usize, &mut Pair, &mut Host) -> Due,
+    ) {
         let Some(active) = self.active.as_mut().filter(|a| !a.kernel && !self.paused) else { return };
         let mut more = false;
         let mut result = Ok(());
@@ -286,7 +183,7 @@ impl Net {
     }
 
     /// What follows a turn: a failure stops the device, an interface that went away takes the link down.
-    fn end(&mut self, result: Result<(), NetFailure>, watch: &mut dyn Watch) {
+    pub(super) fn end(&mut self, result: Result<(), NetFailure>, watch: &mut dyn Watch) {
         let Some(active) = self.active.as_mut() else { return };
         let interrupt = Arc::clone(&active.interrupt);
         if let Err(error) = result {
@@ -304,68 +201,15 @@ impl Net {
         }
     }
 
-    // The kernel's part.
-
-    /// Hands the pairs over to the kernel; false when it does not take them and we have to serve them.
-    fn enter_kernel(&mut self, active: &Active, watch: &mut dyn Watch) -> bool {
-        if self.vhost.is_empty() {
-            return false;
-        }
-        for (number, vhost) in self.vhost.iter_mut().enumerate() {
-            let (Some(pair), Some(host)) = (active.pairs.get(number), self.hosts.get(number)) else { break };
-            if let Err(error) = hand_over(vhost, pair, host, active) {
-                self.kernel_refusals += 1;
-                drop(error);
-                for vhost in &mut self.vhost {
-                    vhost.pause();
-                }
-                return false;
-            }
-        }
-        for (number, vhost) in (0u64..).zip(&self.vhost) {
-            // Without the watch a broken ring is silent, as a driver deserves that breaks it.
-            let _ = watch.add(vhost.error_fd(), EventSet::IN.bits(), KERNEL_FIRST + number);
-        }
-        for pair in &active.pairs {
-            for queue in [&pair.to_guest.queue, &pair.from_guest.queue] {
-                if let Some(fd) = active.interrupt.kick_fd(queue.index()) {
-                    watch.remove(fd);
-                }
-            }
-        }
-        true
-    }
-
-    fn leave_kernel(&mut self, watch: &mut dyn Watch) {
-        if !self.active.as_mut().is_some_and(|active| std::mem::take(&mut active.kernel)) {
-            return;
-        }
-        for vhost in &mut self.vhost {
-            watch.remove(vhost.error_fd());
-            // Where it stopped matters to nobody: the driver resets the device.
-            let _place = vhost.stop();
-        }
-    }
-
-    fn pause_kernel(&mut self, watch: &mut dyn Watch) {
-        let mut result = Ok(());
-        for (vhost, host) in self.vhost.iter_mut().zip(&self.hosts) {
-            if self.paused {
-                vhost.pause();
-            } else if vhost.resume(host.tap.raw_fd()).is_err() {
-                result = Err(NetFailure::Kernel);
-            }
-        }
-        self.end(result, watch);
-    }
-
     /// Brings the tap and the events into the state that a fresh driver expects: one queue in use.
     fn prepare(&mut self, offered: u64, watch: &mut dyn Watch) -> Result<(), NetFailure> {
         for (number, host) in self.hosts.iter_mut().enumerate() {
             host.tap.attach(number == 0).map_err(NetFailure::Attach)?;
         }
         let first = self.hosts.first();
-        first.map_or(Ok(()), |host| host.tap.set_offload(offloads(offered))).map_err(NetFailure::Offload)?;
+        first
+            .map_or(Ok(()), |host| host.tap.set_offload(feature::offloads(offered)))
+            .map_err(NetFailure::Offload)?;
         self.turn.watch(watch, TURN).map_err(NetFailure::Event)?;
         for (limit, token) in [(&self.limits.receive, RECEIVE_LIMIT), (&self.limits.send, SEND_LIMIT)] {
             if let Some(limit) = limit {
@@ -386,131 +230,6 @@ impl Net {
             self.run(watch, |each, _, _| if each == number { due } else { Due::default() });
         }
     }
-
-    // The control queue.
-
-    fn run_control(&mut self, watch: &mut dyn Watch) {
-        if self.paused || self.active.is_none() {
-            return;
-        }
-        let result = self.commands(watch);
-        self.end(result, watch);
-    }
-
-    fn commands(&mut self, watch: &mut dyn Watch) -> Result<(), NetFailure> {
-        for _ in 0..COMMANDS_PER_TURN {
-            let Some(active) = self.active.as_mut() else { return Ok(()) };
-            let Some(chain) = active.control.pop()? else {
-                if active.control.enable_kicks()? {
-                    continue;
-                }
-                return self.publish_control();
-            };
-            let memory = Arc::clone(&active.memory);
-            let done = Command::read(&chain, &memory).is_some_and(|command| self.obey(command, watch));
-            let filled = net_control::answer(&chain, &memory, done)?;
-            if let Some(active) = self.active.as_mut() {
-                active.control.add_used(chain, filled)?;
-            }
-        }
-        if let Some(active) = self.active.as_mut() {
-            active.control_waits = true;
-            self.turn.ask();
-        }
-        self.publish_control()
-    }
-
-    fn publish_control(&mut self) -> Result<(), NetFailure> {
-        if let Some(active) = self.active.as_mut()
-            && active.control.publish()?
-        {
-            active.interrupt.used(active.control.index());
-        }
-        Ok(())
-    }
-
-    /// Does what the driver asks for; false when that is not possible.
-    fn obey(&mut self, command: Command, watch: &mut dyn Watch) -> bool {
-        let Some(active) = self.active.as_mut() else { return false };
-        let agreed = |feature| active.features & feature != 0;
-        match command {
-            Command::AnnounceAck if agreed(feature::GUEST_ANNOUNCE) => {
-                self.announce = false;
-                self.show_config();
-                true
-            }
-            Command::Pairs(count) if agreed(feature::MQ) => {
-                (1..=active.pairs.len()).contains(&usize::from(count)) && self.use_pairs(count.into(), watch)
-            }
-            Command::Offloads(bits) if agreed(feature::CTRL_GUEST_OFFLOADS) => {
-                let possible = bits & !(active.features & feature::GUEST_OFFLOADS) == 0
-                    && self.hosts.first().is_some_and(|host| host.tap.set_offload(offloads(bits)).is_ok());
-                if possible {
-                    active.offloads = bits;
-                }
-                possible
-            }
-            _ => false,
-        }
-    }
-
-    /// Lets the tap spread frames over the first `count` pairs. When it refuses, those stay in use that it took.
-    fn use_pairs(&mut self, count: usize, watch: &mut dyn Watch) -> bool {
-        let Some(active) = self.active.as_mut() else { return false };
-        let mut possible = true;
-        active.in_use = 0;
-        for (number, (pair, host)) in active.pairs.iter_mut().zip(&mut self.hosts).enumerate() {
-            let wanted = number < count && possible;
-            if !wanted {
-                pair.unwatch(host, watch);
-            }
-            possible &= host.tap.attach(wanted).is_ok();
-            if wanted && possible {
-                active.in_use = number + 1;
-            }
-        }
-        // The first one is never detached, so it is there in any case.
-        active.in_use = active.in_use.max(1);
-        self.run(watch, |_, _, _| Due::BOTH);
-        possible
-    }
-}
-
-fn hand_over(vhost: &mut Vhost, pair: &Pair, host: &Host, active: &Active) -> Result<(), VhostError> {
-    let ring = |queue| ring(queue, &*active.interrupt).ok_or(VhostError::Events(Queue::index(queue)));
-    let rings = [ring(&pair.to_guest.queue)?, ring(&pair.from_guest.queue)?];
-    vhost.start(&rings, active.features, &active.memory, host.tap.raw_fd())
-}
-
-fn ring<'a>(queue: &'a Queue, interrupt: &dyn Interrupt) -> Option<Ring<'a>> {
-    let index = queue.is_enabled().then_some(queue.index())?;
-    Some(Ring { queue, kick: interrupt.kick_fd(index)?, call: interrupt.call_fd(index)? })
-}
-
-/// What frames to the guest may leave undone, as the tap is told.
-fn offloads(features: u64) -> u32 {
-    if features & feature::GUEST_CSUM == 0 {
-        // Segmentation needs checksums (virtio 1.3 section 5.1.3.1).
-        return 0;
-    }
-    let mut bits = offload::CSUM;
-    let tso = features & (feature::GUEST_TSO4 | feature::GUEST_TSO6) != 0;
-    for (feature, bit) in [
-        (feature::GUEST_TSO4, offload::TSO4),
-        (feature::GUEST_TSO6, offload::TSO6),
-        // The kernel refuses it alone.
-        (if tso { feature::GUEST_ECN } else { 0 }, offload::TSO_ECN),
-    ] {
-        if features & feature != 0 {
-            bits |= bit;
-        }
-    }
-    // The kernel has one switch for both.
-    let uso = feature::GUEST_USO4 | feature::GUEST_USO6;
-    if features & uso == uso {
-        bits |= offload::USO4 | offload::USO6;
-    }
-    bits
 }
 
 impl Device for Net {
@@ -519,19 +238,8 @@ impl Device for Net {
     }
 
     fn features(&self) -> u64 {
-        let checksums = feature::CSUM | feature::GUEST_CSUM;
-        let to_host = feature::HOST_TSO4 | feature::HOST_TSO6 | feature::HOST_ECN;
-        let to_guest = feature::GUEST_TSO4 | feature::GUEST_TSO6 | feature::GUEST_ECN | feature::MRG_RXBUF;
-        let control = feature::CTRL_VQ | feature::CTRL_GUEST_OFFLOADS | feature::GUEST_ANNOUNCE;
-        let always = feature::MAC | feature::MTU | feature::STATUS;
-        let mut features = checksums | to_host | to_guest | control | always;
-        if self.hosts.iter().all(|host| host.tap.has_uso()) {
-            features |= feature::HOST_USO | feature::GUEST_USO4 | feature::GUEST_USO6;
-        }
-        if self.hosts.len() > 1 {
-            features |= feature::MQ;
-        }
-        features
+        let uso = self.hosts.iter().all(|host| host.tap.has_uso());
+        feature::offered(uso, self.hosts.len() > 1)
     }
 
     fn queue_sizes(&self) -> &[u16] {
