@@ -1,6 +1,23 @@
 //! Counting: histograms owned by one thread, and the list in which everything that is counted is handed out.
 
+use blixard_vmm_api::control::MESSAGE_BYTES_MAX;
 use blixard_vmm_api::stats::{self, BUCKETS_MAX, Sample, Value};
+
+/// Most bytes of the samples of one answer, which has to fit a message.
+const PAGE_BYTES: usize = MESSAGE_BYTES_MAX - 1024;
+/// Most digits of a number, and the comma behind it.
+const NUMBER: usize = 21;
+/// Bytes of a sample besides its names and numbers.
+const FRAME: usize = 100;
+
+/// Most bytes that a sample takes in a message. Names are short and of plain characters.
+fn bytes(sample: &Sample) -> usize {
+    let numbers = match &sample.value {
+        Value::Count(_) => 2,
+        Value::Histogram(histogram) => 2 + histogram.buckets.len(),
+    };
+    FRAME + sample.device.len() + sample.name.len() + NUMBER * numbers
+}
 
 /// How values are spread, with a bucket per power of two; see [`stats::Histogram`].
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -75,14 +92,22 @@ impl Samples {
     pub fn page(self, from: u32) -> stats::Samples {
         let total = u32::try_from(self.list.len()).unwrap_or(u32::MAX);
         let skip = usize::try_from(from).unwrap_or(usize::MAX);
-        let samples = self.list.into_iter().skip(skip).take(stats::SAMPLES_PER_REPLY).collect();
-        stats::Samples { samples, total }
+        let mut room = PAGE_BYTES;
+        let fits = |sample: &Sample| {
+            let size = bytes(sample);
+            let fits = size <= room;
+            room = room.saturating_sub(size);
+            fits
+        };
+        let rest = self.list.into_iter().skip(skip).take(stats::SAMPLES_PER_REPLY);
+        stats::Samples { samples: rest.take_while(fits).collect(), total }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use blixard_vmm_api::control::{FromVmm, Reply};
     use proptest::prelude::*;
 
     proptest! {
@@ -100,6 +125,21 @@ mod tests {
         }
     }
 
+    /// All samples, page by page; each page fits a message.
+    fn all_pages(list: impl Fn() -> Samples) -> Vec<Sample> {
+        let mut all = vec![];
+        loop {
+            let page = list().page(u32::try_from(all.len()).unwrap());
+            assert_eq!(page.total as usize, list().list.len());
+            let reply = FromVmm::Reply(Reply::Metrics(page.clone()));
+            assert!(serde_json::to_vec(&reply).unwrap().len() <= MESSAGE_BYTES_MAX);
+            if page.samples.is_empty() {
+                return all;
+            }
+            all.extend(page.samples);
+        }
+    }
+
     #[test]
     fn pages_together_are_everything_in_order() {
         let list = || {
@@ -110,17 +150,22 @@ mod tests {
             }
             samples
         };
-        let mut all = vec![];
-        loop {
-            let page = list().page(u32::try_from(all.len()).unwrap());
-            assert_eq!(page.total, 390);
-            let bytes = serde_json::to_vec(&page).unwrap().len();
-            assert!(bytes < blixard_vmm_api::control::MESSAGE_BYTES_MAX);
-            if page.samples.is_empty() {
-                break;
+        assert_eq!(all_pages(list), list().list);
+    }
+
+    #[test]
+    fn histograms_of_the_largest_numbers_fit_too() {
+        let list = || {
+            let mut samples = Samples::default();
+            for device in 0..31 {
+                samples.of(&format!("blk.{}{device}", "x".repeat(62)));
+                let full = Histogram { sum: u64::MAX, buckets: [u64::MAX; BUCKETS_MAX] };
+                for name in ["read_us", "write_us", "flush_us", "discard_us", "write_zeroes_us"] {
+                    samples.histogram(Some(u16::MAX), name, &full);
+                }
             }
-            all.extend(page.samples);
-        }
-        assert_eq!(all, list().list);
+            samples
+        };
+        assert_eq!(all_pages(list), list().list);
     }
 }

@@ -17,6 +17,7 @@ use blixard_vmm_api::rate::RateLimit;
 use vmm_sys_util::epoll::EventSet;
 
 use super::backing::{Backing, BackingError};
+use super::block_counts::{Begun, Counts, Kind};
 use super::block_engine::{Engine, Finished, Operation};
 use super::block_request::{
     DISCARD_SECTORS_MAX, ID_LENGTH, Limits, NoRequest, RANGES_MAX, Range, Request, Status, ZERO_SECTORS_MAX,
@@ -32,6 +33,7 @@ use super::queue::{Queue, QueueError};
 use super::rate::Limiter;
 use super::turn::Turn;
 use crate::snapshot::codec::{Invalid, Reader as StateReader, Writer as StateWriter};
+use crate::stats::Samples;
 
 /// Requests begun before other devices get their turn.
 const REQUESTS_PER_TURN: usize = 64;
@@ -101,18 +103,6 @@ pub struct Block {
     counts: Counts,
 }
 
-#[derive(Default)]
-struct Counts {
-    reads: u64,
-    read_bytes: u64,
-    writes: u64,
-    write_bytes: u64,
-    flushes: u64,
-    discards: u64,
-    write_zeroes: u64,
-    errors: u64,
-}
-
 struct Active {
     memory: Arc<GuestMemory>,
     queue: Queue,
@@ -132,6 +122,7 @@ struct InFlight {
     chain: Chain,
     /// Bytes filled in before the status when it succeeds.
     filled: u32,
+    begun: Begun,
 }
 
 impl Block {
@@ -298,6 +289,7 @@ impl Active {
     }
 
     fn begin_all(&mut self, work: &mut Work<'_>) -> Result<bool, BlockFailure> {
+        work.counts.read_clock();
         let before = work.counts.read_bytes + work.counts.write_bytes;
         for _ in 0..REQUESTS_PER_TURN {
             if work.engine.is_full() {
@@ -334,6 +326,9 @@ impl Active {
     }
 
     fn finish_all(&mut self, done: &mut Vec<Finished>, work: &mut Work<'_>) -> Result<(), BlockFailure> {
+        if !done.is_empty() {
+            work.counts.read_clock();
+        }
         for finished in done.drain(..) {
             self.finish(finished, work.counts)?;
         }
@@ -364,51 +359,54 @@ impl Active {
         };
         let mut buffers = self.spare.pop().unwrap_or_else(|| IoVecs::new(&self.memory));
         buffers.clear();
-        let (operation, filled) = match request {
+        let (operation, filled, kind) = match request {
             Request::Id => {
                 let mut writer = chain.writer(&self.memory);
                 writer.write(work.id)?;
                 return self.answer(chain, ID_LENGTH, Status::Ok, counts);
             }
             Request::Discard(ranges) => {
-                counts.discards += 1;
+                let begun = counts.begin(Kind::Discard);
                 let discard = |r: &Range| work.engine.backing().discard(r.offset, r.length);
                 let status = each(&ranges, discard);
+                counts.read_clock();
+                counts.end(begun);
                 return self.answer(chain, 0, status, counts);
             }
             Request::WriteZeroes(ranges) => {
-                counts.write_zeroes += 1;
+                let begun = counts.begin(Kind::WriteZeroes);
                 let zero = |r: &Range| work.engine.backing().write_zeroes(r.offset, r.length, r.unmap);
                 let mut status = each(&ranges, zero);
                 if self.durable && status == Status::Ok && work.engine.backing().flush().is_err() {
                     status = Status::IoError;
                 }
+                counts.read_clock();
+                counts.end(begun);
                 return self.answer(chain, 0, status, counts);
             }
             Request::Read(offset, length) => {
-                counts.reads += 1;
                 counts.read_bytes += length as u64;
                 buffers.add_writable(chain.writer(&self.memory).split(length)?)?;
-                (Operation::Read(offset), length)
+                (Operation::Read(offset), length, Kind::Read)
             }
             Request::Write(offset, length) => {
-                counts.writes += 1;
                 counts.write_bytes += length as u64;
                 let mut reader = chain.reader(&self.memory);
                 reader.split(reader.left() - length)?;
                 buffers.add_readable(reader)?;
-                (Operation::Write { offset, durable: self.durable }, 0)
+                (Operation::Write { offset, durable: self.durable }, 0, Kind::Write)
             }
-            Request::Flush => {
-                counts.flushes += 1;
-                (Operation::Flush, 0)
-            }
+            Request::Flush => (Operation::Flush, 0, Kind::Flush),
         };
         let id = chain.head();
         let Some(slot) = self.in_flight.get_mut(usize::from(id)) else { return Ok(()) };
-        *slot = Some(InFlight { chain, filled: u32::try_from(filled).unwrap_or(0) });
+        let begun = counts.begin(kind);
+        *slot = Some(InFlight { chain, filled: u32::try_from(filled).unwrap_or(0), begun });
         match work.engine.start(id, operation, buffers) {
-            Some(finished) => self.finish(finished, counts),
+            Some(finished) => {
+                counts.read_clock();
+                self.finish(finished, counts)
+            }
             None => Ok(()),
         }
     }
@@ -417,7 +415,8 @@ impl Active {
         let Finished { id, buffers, result } = finished;
         self.spare.push(buffers);
         let request = self.in_flight.get_mut(usize::from(id)).and_then(Option::take);
-        let Some(InFlight { chain, filled }) = request else { return Ok(()) };
+        let Some(InFlight { chain, filled, begun }) = request else { return Ok(()) };
+        counts.end(begun);
         match result {
             Ok(()) => self.answer(chain, filled as usize, Status::Ok, counts),
             Err(_) => self.answer(chain, 0, Status::IoError, counts),
@@ -595,5 +594,10 @@ impl Device for Block {
             ("limited", self.limiter.as_ref().map_or(0, Limiter::waits)),
             ("failures", self.failure.count()),
         ]
+    }
+
+    fn samples(&self, samples: &mut Samples) {
+        samples.counters(None, &self.counters());
+        self.counts.spread(samples);
     }
 }

@@ -4,9 +4,10 @@ use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use blixard_vmm_api::rate::{Bucket, RateLimit};
+use blixard_vmm_api::stats::Value;
 use proptest::prelude::*;
 
 use super::backing::{Backing, BackingError};
@@ -15,6 +16,7 @@ use super::block_engine::Engine;
 use super::device::{Device, DeviceRequest};
 use super::guest_driver::{Buffer, Machine};
 use crate::snapshot::codec::{Reader as StateReader, Writer};
+use crate::stats::Samples;
 
 const IN: u32 = 0;
 const OUT: u32 = 1;
@@ -341,6 +343,36 @@ fn a_broken_ring_with_requests_in_flight_stops_the_disk_only() {
         disk.machine.reset();
         disk.machine.activate();
         assert_eq!(disk.status(IN, 0, &[], 512), OK);
+    }
+}
+
+#[test]
+fn each_request_that_reached_the_backing_is_timed_with_its_kind() {
+    for engine in ENGINES {
+        let mut disk = Disk::with(&pattern(8192), false, engine, F_FLUSH);
+        let begin = Instant::now();
+        for _ in 0..3 {
+            assert_eq!(disk.status(IN, 0, &[], 512), OK);
+        }
+        for _ in 0..2 {
+            assert_eq!(disk.status(OUT, 1, &pattern(512), 0), OK);
+        }
+        assert_eq!(disk.status(FLUSH, 0, &[], 0), OK);
+        assert_eq!(disk.status(WRITE_ZEROES, 0, &ranges(&[(0, 1, 0)]), 0), OK);
+        assert_eq!(disk.status(IN, 1000, &[], 512), IOERR);
+        let passed = begin.elapsed().as_micros() as u64;
+        let mut samples = Samples::default();
+        disk.machine.device.samples(samples.of("blk.root"));
+        let timed = samples.page(0).samples.into_iter().filter_map(|sample| match sample.value {
+            Value::Histogram(histogram) => Some((sample.name, histogram.count(), histogram.sum)),
+            Value::Count(_) => None,
+        });
+        let timed: Vec<_> = timed.collect();
+        assert!(timed.iter().map(|(_, _, sum)| sum).sum::<u64>() <= passed, "{timed:?} in {passed}");
+        let counts: Vec<_> = timed.iter().map(|(name, count, _)| (name.as_str(), *count)).collect();
+        let wanted =
+            [("read_us", 3), ("write_us", 2), ("flush_us", 1), ("discard_us", 0), ("write_zeroes_us", 1)];
+        assert_eq!(counts, wanted);
     }
 }
 

@@ -6,6 +6,7 @@ mod balloon_release;
 #[cfg(test)]
 mod balloon_test;
 pub mod block;
+mod block_counts;
 pub mod block_engine;
 pub mod block_request;
 #[cfg(test)]
