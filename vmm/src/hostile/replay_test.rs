@@ -20,6 +20,14 @@ fn what_once_was_found_is_found_no_more() {
     }
 }
 
+#[test]
+fn what_targets_begin_with_is_valid() {
+    for mode in [1, 2] {
+        run("kernel_load", &[mode]);
+    }
+    run("config", &[1]);
+}
+
 macro_rules! survives {
     ($($test:ident: $target:literal,)*) => {
         proptest! {
@@ -35,6 +43,8 @@ macro_rules! survives {
 survives! {
     a_balloon_survives_any_driver: "balloon",
     a_disk_survives_any_driver: "block",
+    any_configuration_is_read_or_refused: "config",
+    any_kernel_is_loaded_or_refused: "kernel_load",
     the_control_socket_survives_any_client: "control",
     a_network_card_survives_any_driver: "net",
     the_bus_survives_any_access: "pci",
