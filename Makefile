@@ -50,6 +50,14 @@ bench: prerequisites-build ## benchmarks: tables, and JSON in target/bench; FIRE
 fuzz: ## each fuzz target for SECONDS=60 (needs a nightly toolchain and cargo-fuzz)
 	sh fuzz/all.sh $(or $(SECONDS),60)
 
+.PHONY: loom
+loom: ## all orders of what threads of the VMM do, where a lost wake-up would hang a VM
+	RUSTFLAGS="--cfg loom" $(CARGO) test -p blixard-vmm --lib --target-dir target/loom loom_test
+
+.PHONY: miri
+miri: ## the VMM's tests that Miri can run, for undefined behaviour (needs a nightly toolchain with miri and rust-src)
+	sh vmm/tests/miri.sh
+
 .PHONY: prerequisites-build
 prerequisites-build:
 	@sh tests/prerequisites.sh build

@@ -32,6 +32,7 @@ pub mod descriptors;
 pub mod devices;
 pub mod elf;
 pub mod flight;
+pub mod gate;
 #[cfg(any(test, feature = "guest-driver"))]
 pub mod hostile;
 pub mod image;
@@ -39,6 +40,8 @@ pub mod interrupt;
 pub mod ioctl;
 pub mod kvm;
 pub mod layout;
+#[cfg(all(test, loom))]
+mod loom_test;
 pub mod machine;
 pub mod mailbox;
 pub mod memory;
@@ -49,6 +52,7 @@ pub mod probe;
 pub mod sandbox;
 pub mod snapshot;
 pub mod stats;
+pub mod sync;
 pub mod times;
 pub mod vcpu;
 pub mod vcpu_stats;

@@ -6,10 +6,12 @@
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::{Mutex, PoisonError};
+use std::sync::PoisonError;
 
 use blixard_vmm_api::ExitReason;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::sync::Mutex;
 
 /// Something the I/O thread shall do.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -26,11 +28,31 @@ pub enum Message {
     Exit(ExitReason),
 }
 
-/// Where messages wait.
+/// Where messages wait. `W` wakes who takes them.
 #[derive(Debug)]
-pub struct Mailbox {
+pub struct Mailbox<W = EventFd> {
     messages: Mutex<VecDeque<Message>>,
-    wake: EventFd,
+    wake: W,
+}
+
+/// Wakes the I/O thread, and keeps it awake until it is cleared.
+pub trait Wake {
+    /// Wakes it, now or as soon as it waits.
+    fn wake(&self);
+    /// It is awake.
+    fn clear(&self);
+}
+
+impl Wake for EventFd {
+    fn wake(&self) {
+        // An eventfd refuses only at its largest count; then the reader is awake anyway.
+        let _ = self.write(1);
+    }
+
+    fn clear(&self) {
+        // "Nothing to read" is as good: the count only wakes.
+        let _ = self.read();
+    }
 }
 
 impl Mailbox {
@@ -39,8 +61,19 @@ impl Mailbox {
     /// # Errors
     /// The system has no descriptor left.
     pub fn new() -> io::Result<Self> {
-        let wake = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
-        Ok(Self { messages: Mutex::default(), wake })
+        EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map(Self::with)
+    }
+}
+
+impl<W: Wake> Mailbox<W> {
+    /// An empty mailbox.
+    pub fn with(wake: W) -> Self {
+        Self { messages: Mutex::new(VecDeque::new()), wake }
+    }
+
+    /// What wakes.
+    pub fn waker(&self) -> &W {
+        &self.wake
     }
 
     /// Adds a message and wakes the I/O thread.
@@ -51,16 +84,14 @@ impl Mailbox {
         // Woken while the lock is held, the I/O thread would wait for it at once.
         drop(messages);
         if first {
-            // An eventfd refuses only at its largest count; then the reader is awake anyway.
-            let _ = self.wake.write(1);
+            self.wake.wake();
         }
     }
 
     /// Takes all messages.
     pub fn take(&self) -> VecDeque<Message> {
-        // Read before the messages are taken: one that comes between is taken now and wakes once more for nothing. "Nothing to
-        // read" is as good: the count only wakes.
-        let _ = self.wake.read();
+        // Cleared before the messages are taken: one that comes between is taken now and wakes once more for nothing.
+        self.wake.clear();
         std::mem::take(&mut *self.messages.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }

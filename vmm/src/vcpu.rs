@@ -2,15 +2,14 @@
 //!
 //! A thread that shall stop running the guest gets a signal. Its handler sets `immediate_exit` of the thread's own
 //! `kvm_run`, so that a signal which comes just before `KVM_RUN` is not lost: the thread clears the field, then looks at
-//! what is wanted, then enters the guest.
+//! what is wanted ([`crate::gate`]), then enters the guest.
 
 use std::cell::Cell;
 use std::ffi::c_int;
 use std::io;
 use std::os::unix::thread::JoinHandleExt;
 use std::ptr;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
 use blixard_vmm_api::ExitReason;
@@ -22,6 +21,7 @@ use crate::arch::x86_64::registers::{self, Entry};
 use crate::arch::x86_64::vcpu_state::{HostState, VcpuState, VcpuStateError};
 use crate::bus::Bus;
 use crate::flight::{self, What};
+use crate::gate::Gate;
 use crate::mailbox::Message;
 use crate::sandbox::{self, SandboxError};
 use crate::times::Moment;
@@ -117,113 +117,8 @@ pub fn catch_kicks() -> Result<(), VcpuError> {
     }
 }
 
-/// A state that was asked for, by index of its vCPU.
+/// A state that was asked for.
 type Saved = Result<VcpuState, VcpuError>;
-
-#[derive(Default)]
-struct Parked {
-    hold: bool,
-    waiting: usize,
-    /// Threads that have ended.
-    ended: usize,
-    /// How often states were asked for, and what is needed to read them.
-    asked: (u64, Option<Arc<HostState>>),
-    saved: Vec<(u8, Saved)>,
-}
-
-/// Holds all vCPUs, or lets them run. At the beginning they are held. Held threads read their state when they are asked.
-pub struct Gate {
-    /// Copy of `Parked::hold` that is cheap to look at.
-    hold: AtomicBool,
-    parked: Mutex<Parked>,
-    changed: Condvar,
-}
-
-impl Gate {
-    fn new() -> Self {
-        let parked = Mutex::new(Parked { hold: true, ..Parked::default() });
-        Self { hold: AtomicBool::new(true), parked, changed: Condvar::new() }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Parked> {
-        self.parked.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn wait<'a>(&self, parked: MutexGuard<'a, Parked>) -> MutexGuard<'a, Parked> {
-        self.changed.wait(parked).unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn set(&self, hold: bool) {
-        let mut parked = self.lock();
-        parked.hold = hold;
-        self.hold.store(hold, Ordering::SeqCst);
-        drop(parked);
-        self.changed.notify_all();
-    }
-
-    fn is_held(&self) -> bool {
-        self.hold.load(Ordering::SeqCst)
-    }
-
-    /// What thread `index` does while held; `save` reads its state.
-    fn park(&self, index: u8, save: &dyn Fn(&HostState) -> Saved) {
-        let mut parked = self.lock();
-        let mut answered = parked.asked.0;
-        parked.waiting += 1;
-        self.changed.notify_all();
-        while parked.hold {
-            match &parked.asked {
-                (number, Some(host)) if *number != answered => {
-                    answered = *number;
-                    let host = host.clone();
-                    drop(parked);
-                    let state = save(&host);
-                    parked = self.lock();
-                    parked.saved.push((index, state));
-                    self.changed.notify_all();
-                }
-                _ => parked = self.wait(parked),
-            }
-        }
-        parked.waiting -= 1;
-    }
-
-    /// Waits until `count` threads are held.
-    fn wait_for(&self, count: usize) {
-        let mut parked = self.lock();
-        while parked.waiting < count {
-            parked = self.wait(parked);
-        }
-    }
-
-    /// The states of `count` held vCPUs, in order.
-    fn save(&self, count: usize, host: HostState) -> Result<Vec<VcpuState>, VcpuError> {
-        let mut parked = self.lock();
-        parked.saved.clear();
-        parked.asked = (parked.asked.0 + 1, Some(Arc::new(host)));
-        self.changed.notify_all();
-        while parked.saved.len() + parked.ended < count {
-            parked = self.wait(parked);
-        }
-        if parked.ended > 0 {
-            return Err(VcpuError::Ended);
-        }
-        let mut saved = std::mem::take(&mut parked.saved);
-        drop(parked);
-        saved.sort_by_key(|(index, _)| *index);
-        saved.into_iter().map(|(_, state)| state).collect()
-    }
-
-    fn park_for_ever(&self) -> ! {
-        let mut parked = self.lock();
-        parked.waiting += 1;
-        parked.ended += 1;
-        self.changed.notify_all();
-        loop {
-            parked = self.wait(parked);
-        }
-    }
-}
 
 /// What a vCPU begins with.
 #[derive(Clone)]
@@ -236,7 +131,7 @@ pub enum Begin {
 
 /// All vCPU threads of the VM.
 pub struct Vcpus {
-    gate: Arc<Gate>,
+    gate: Arc<Gate<HostState, Saved>>,
     stats: Vec<Arc<VcpuStats>>,
     threads: Vec<JoinHandle<()>>,
 }
@@ -255,7 +150,7 @@ struct Vcpu {
     fd: VcpuFd,
     index: u8,
     bus: Arc<Bus>,
-    gate: Arc<Gate>,
+    gate: Arc<Gate<HostState, Saved>>,
     stats: Arc<VcpuStats>,
 }
 
@@ -284,8 +179,9 @@ impl Vcpus {
                     Err(error) => ExitReason::HostProblem { detail: crate::chain(&error) },
                 };
                 vcpu.bus.mailbox.post(Message::Exit(reason));
-                // The others may go on until the process ends; a pause still waits for this one.
-                vcpu.gate.park_for_ever();
+                // The others may go on until the process ends; a pause does not wait for this one.
+                vcpu.gate.end();
+                park_for_ever();
             };
             let builder = thread::Builder::new().name(format!("vcpu{index}")).stack_size(STACK);
             threads.push(builder.spawn(body).map_err(|source| VcpuError::Thread { index, source })?);
@@ -318,7 +214,15 @@ impl Vcpus {
     /// # Errors
     /// The kernel refuses, or a vCPU has ended.
     pub fn save(&self, host: HostState) -> Result<Vec<VcpuState>, VcpuError> {
-        self.gate.save(self.threads.len(), host)
+        let saved = self.gate.save(self.threads.len(), host).ok_or(VcpuError::Ended)?;
+        saved.into_iter().collect()
+    }
+}
+
+/// A thread that has ended stays until the process does: it can be kicked like the others.
+fn park_for_ever() -> ! {
+    loop {
+        thread::park();
     }
 }
 
