@@ -142,8 +142,13 @@ fn baseline(to: &mut dyn Write, files: &[&str]) -> Result<(), String> {
 fn host_baseline() -> Result<CpuBaseline, String> {
     let kvm = OpenOptions::new().read(true).write(true).open("/dev/kvm");
     let kvm = kvm.map_err(|error| format!("/dev/kvm: {error}"))?;
-    let template = Vm::new(kvm.into()).and_then(|vm| vm.cpuid(1));
-    template.map(|template| template.baseline()).map_err(|error| blixard_vmm::chain(&error))
+    let baseline = Vm::new(kvm.into()).and_then(|vm| {
+        let template = vm.cpuid(1)?;
+        let has = template.has_arch_capabilities();
+        let arch_capabilities = if has { vm.arch_capabilities()? } else { None };
+        Ok(CpuBaseline { arch_capabilities, ..template.baseline() })
+    });
+    baseline.map_err(|error| blixard_vmm::chain(&error))
 }
 
 /// Forks the VM at `control` and starts `count` children, then waits for their end.

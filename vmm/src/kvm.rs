@@ -8,11 +8,13 @@ use std::sync::Arc;
 
 use kvm_bindings::{
     KVM_API_VERSION, KVM_CAP_SPLIT_IRQCHIP, KVM_CLOCK_REALTIME, KVM_MAX_CPUID_ENTRIES,
-    KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, kvm_clock_data, kvm_enable_cap, kvm_userspace_memory_region,
+    KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, Msrs, kvm_clock_data, kvm_enable_cap, kvm_msr_entry,
+    kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
+use crate::arch::x86_64::capabilities;
 use crate::arch::x86_64::cpuid::Template;
 use crate::arch::x86_64::vcpu_state::HostState;
 use crate::layout::{IOAPIC_PINS, KVM_TSS};
@@ -130,6 +132,19 @@ impl Vm {
             self.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(failed("KVM_GET_SUPPORTED_CPUID"))?;
         let deadline = self.fd.check_extension(Cap::TscDeadlineTimer);
         Ok(Template::new(supported.as_slice(), vcpus, deadline))
+    }
+
+    /// What this host has in `IA32_ARCH_CAPABILITIES`, as far as KVM shows it to guests.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn arch_capabilities(&self) -> Result<Option<u64>, KvmError> {
+        let wanted = kvm_msr_entry { index: capabilities::MSR, ..Default::default() };
+        let failed = || failed("KVM_GET_MSRS");
+        let list = Msrs::from_entries(&[wanted]);
+        let mut msrs = list.map_err(|_| failed()(kvm_ioctls::Error::new(libc::ENOMEM)))?;
+        let got = self.kvm.get_msrs(&mut msrs).map_err(failed())?;
+        Ok(msrs.as_slice().first().filter(|_| got == 1).map(|msr| msr.data))
     }
 
     /// What is needed to read or write the state of vCPUs.

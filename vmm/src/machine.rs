@@ -18,6 +18,7 @@ use blixard_vmm_api::{ExitReason, VmConfig};
 use kvm_ioctls::VcpuFd;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
+use crate::arch::x86_64::capabilities;
 use crate::arch::x86_64::cpuid::Template;
 use crate::boot::{self, BootError};
 use crate::bus::Bus;
@@ -228,6 +229,9 @@ impl<'a> Assembled<'a> {
         let mut template = vm.cpuid(config.vcpus)?;
         if let Some(baseline) = &config.cpu {
             template.limit(baseline).map_err(StartError::Cpu)?;
+            if let Some(promised) = template.arch_capabilities() {
+                capabilities::check(promised, vm.arch_capabilities()?).map_err(StartError::Cpu)?;
+            }
         }
         let template = Arc::new(template);
         let vcpus: Result<Vec<VcpuFd>, KvmError> =

@@ -18,7 +18,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use crate::arch::x86_64::cpuid::Template;
 use crate::arch::x86_64::registers::{self, Entry};
-use crate::arch::x86_64::vcpu_state::{HostState, VcpuState, VcpuStateError};
+use crate::arch::x86_64::vcpu_state::{self, HostState, VcpuState, VcpuStateError};
 use crate::bus::Bus;
 use crate::flight::{self, What};
 use crate::gate::Gate;
@@ -64,6 +64,15 @@ pub enum VcpuError {
         /// What went wrong.
         #[source]
         source: SandboxError,
+    },
+    /// It cannot be told what a baseline promises.
+    #[error("vCPU {index}")]
+    Promise {
+        /// Which vCPU.
+        index: u8,
+        /// What went wrong.
+        #[source]
+        source: VcpuStateError,
     },
     /// Its state cannot be read.
     #[error("vCPU {index}")]
@@ -251,6 +260,10 @@ impl Vcpu {
         let list = |_| VcpuError::List(index);
         self.fd.set_cpuid2(&template.for_vcpu(index).map_err(list)?).map_err(failed("KVM_SET_CPUID2"))?;
         self.fd.set_msrs(&registers::msrs().map_err(list)?).map_err(failed("KVM_SET_MSRS"))?;
+        if let Some(promised) = template.arch_capabilities() {
+            vcpu_state::tell_arch_capabilities(&self.fd, promised)
+                .map_err(|source| VcpuError::Promise { index, source })?;
+        }
         if index == 0 {
             self.fd.set_sregs(&registers::special(entry)).map_err(failed("KVM_SET_SREGS"))?;
             self.fd.set_regs(&registers::general(entry)).map_err(failed("KVM_SET_REGS"))?;

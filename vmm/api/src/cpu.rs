@@ -11,6 +11,20 @@ pub struct CpuBaseline {
     pub vendor: String,
     /// Feature bits by CPUID leaf; what is not here is not offered.
     pub features: Vec<CpuFeatures>,
+    /// What guests read in `IA32_ARCH_CAPABILITIES` (MSR 0x10a): against which faults of processors nothing has to be done.
+    /// Absent: what each host says of itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub arch_capabilities: Option<u64>,
+}
+
+/// Bits of `IA32_ARCH_CAPABILITIES` that say that a processor is weak, RSBA and RRSBA: where one of several hosts is so, a guest
+/// that moves between them has to know. All other bits are strengths, which each of the hosts needs.
+const WEAKNESSES: u64 = 1 << 2 | 1 << 19;
+
+/// Of what `promised` says there is in `IA32_ARCH_CAPABILITIES`, the bits that a host which has `here` does not keep: strengths
+/// that it lacks, and weaknesses that it has besides.
+pub fn broken_promises(promised: u64, here: u64) -> u64 {
+    promised & !here & !WEAKNESSES | here & !promised & WEAKNESSES
 }
 
 /// Feature bits of a CPUID leaf. Registers that are no sets of features are 0.
@@ -52,7 +66,10 @@ impl CpuBaseline {
             CpuFeatures { bits, ..*mine }
         };
         let features = self.features.iter().map(both).filter(|f| f.bits != [0; 4]).collect();
-        Ok(Self { vendor: self.vendor.clone(), features })
+        let capabilities = self.arch_capabilities.zip(other.arch_capabilities);
+        let arch_capabilities =
+            capabilities.map(|(mine, theirs)| mine & theirs & !WEAKNESSES | (mine | theirs) & WEAKNESSES);
+        Ok(Self { vendor: self.vendor.clone(), features, arch_capabilities })
     }
 }
 
@@ -62,7 +79,26 @@ mod tests {
 
     fn baseline(vendor: &str, leaves: &[(u32, u32)]) -> CpuBaseline {
         let leaf = |(leaf, ecx): &(u32, u32)| CpuFeatures { leaf: *leaf, subleaf: 0, bits: [0, 0, *ecx, 0] };
-        CpuBaseline { vendor: vendor.into(), features: leaves.iter().map(leaf).collect() }
+        CpuBaseline {
+            vendor: vendor.into(),
+            features: leaves.iter().map(leaf).collect(),
+            arch_capabilities: None,
+        }
+    }
+
+    #[test]
+    fn each_host_keeps_what_the_common_capabilities_promise() {
+        let host = |capabilities| CpuBaseline { arch_capabilities: capabilities, ..baseline("A", &[]) };
+        // The first needs no help against 0 and 5, the second none against 0, but is weak at 2 and 19.
+        let (one, other) = (0b10_0001, 1 << 19 | 0b101);
+        let both = host(Some(one)).intersect(&host(Some(other))).unwrap().arch_capabilities.unwrap();
+        assert_eq!(both, 1 << 19 | 0b101);
+        assert_eq!((broken_promises(both, one), broken_promises(both, other)), (0, 0));
+        assert_eq!(broken_promises(one, other), 1 << 19 | 0b10_0100);
+        assert_eq!(broken_promises(other, one), 0);
+        assert_eq!(host(Some(one)).intersect(&host(None)).unwrap().arch_capabilities, None);
+        let text = serde_json::to_string(&host(None)).unwrap();
+        assert!(!text.contains("arch_capabilities"), "older VMMs read {text}");
     }
 
     #[test]

@@ -19,6 +19,7 @@ use super::file::{FileError, State};
 use super::plain;
 use super::save::device_section;
 use super::sections::{Machine, Memory, extents};
+use crate::arch::x86_64::capabilities;
 use crate::arch::x86_64::cpuid::Template;
 use crate::arch::x86_64::vcpu_state::{HostState, VcpuState, VcpuStateError};
 use crate::bus::Bus;
@@ -273,7 +274,12 @@ impl Restore {
         let states: Result<Vec<VcpuState>, FileError> = (0..vcpus.len())
             .map(|index| self.state.take(&format!("vcpu.{index}"), VcpuState::restore))
             .collect();
+        let here = if template.has_arch_capabilities() { vm.arch_capabilities()? } else { None };
         for (index, (state, vcpu)) in states?.iter().zip(vcpus).enumerate() {
+            for promised in state.arch_capabilities().filter(|_| template.has_arch_capabilities()) {
+                let kept = capabilities::check(promised, here);
+                kept.map_err(|error| RestoreError::Vcpu { index, source: error.into() })?;
+            }
             set_vcpu(vm, vcpu, index, state, template, &host)?;
         }
         // Behind the vCPUs: what they say of their time stamp counters is where the clock starts from.

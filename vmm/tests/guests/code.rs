@@ -396,6 +396,29 @@ guest!(
     "jmp 6b",
 );
 
+// Prints the lower half of IA32_ARCH_CAPABILITIES: a letter from a to p per four bits, the highest first.
+guest!(
+    prints_capabilities, capabilities_start, capabilities_end, pvh: true,
+    ".code32",
+    "mov ecx, 0x10a",
+    "rdmsr",
+    "mov ebp, eax",
+    "mov ecx, 8",
+    "mov dx, 0x3f8",
+    "2: rol ebp, 4",
+    "mov eax, ebp",
+    "and eax, 15",
+    "add eax, 0x61",
+    "out dx, al",
+    "dec ecx",
+    "jnz 2b",
+    "mov dx, 0x600",
+    "mov al, 0x34",
+    "out dx, al",
+    "4: hlt",
+    "jmp 4b",
+);
+
 // Prints a letter with each tick of the local APIC's periodic timer.
 guest!(
     ticks, ticks_start, ticks_end, pvh: true,

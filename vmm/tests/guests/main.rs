@@ -13,6 +13,7 @@
 mod code;
 mod devices;
 mod large;
+mod processor;
 mod snapshot;
 mod vm;
 

@@ -17,12 +17,12 @@ use crate::vm::{Control, Ended, Vm, possible};
 use crate::{config, open, start_by_descriptors};
 
 /// State and memory file of a snapshot.
-struct Snapshot {
+pub struct Snapshot {
     directory: TempDir,
 }
 
 impl Snapshot {
-    fn take(control: &Control, kind: SnapshotKind) -> (Self, SnapshotMade) {
+    pub fn take(control: &Control, kind: SnapshotKind) -> (Self, SnapshotMade) {
         let snapshot = Self { directory: tempfile::tempdir().unwrap() };
         let [state, memory] = ["state", "memory"].map(|name| {
             let path = snapshot.directory.path().join(name);
@@ -35,7 +35,7 @@ impl Snapshot {
         }
     }
 
-    fn path(&self, name: &str) -> String {
+    pub fn path(&self, name: &str) -> String {
         self.directory.path().join(name).to_str().unwrap().to_owned()
     }
 
@@ -63,11 +63,11 @@ fn letters(more: &[&str]) -> Vm {
 }
 
 /// Waits for a hundred letters, so that each of the guest's pages was read and written.
-fn hundred(vm: &Vm) {
+pub fn hundred(vm: &Vm) {
     (0..4).for_each(|_| vm.wait_for(b'Z'));
 }
 
-fn kill(vm: Vm) -> Ended {
+pub fn kill(vm: Vm) -> Ended {
     vm.control().send(&serde_json::to_vec(&Request::Kill).unwrap());
     let end = vm.end();
     assert_eq!((end.code, end.problems.as_str()), (Some(7), ""));
@@ -299,7 +299,7 @@ fn pages_come_by_faults_and_a_recorded_working_set_comes_first() {
 }
 
 /// Sections of a state file: name, place of the content, its length.
-fn sections(state: &[u8]) -> Vec<(String, usize, usize)> {
+pub fn sections(state: &[u8]) -> Vec<(String, usize, usize)> {
     let (mut at, mut found) = (24, vec![]);
     while at < state.len() {
         let (name, length) =
@@ -312,16 +312,18 @@ fn sections(state: &[u8]) -> Vec<(String, usize, usize)> {
 }
 
 /// Makes the checksum of the section with its content at `content` right again.
-fn seal(state: &mut [u8], name: &str, content: usize, length: usize) {
+pub fn seal(state: &mut [u8], name: &str, content: usize, length: usize) {
     let crc = crc32c(0, &state[content - name.len() - 8..content + length]);
     state[content + length..content + length + 4].copy_from_slice(&crc.to_le_bytes());
 }
 
-fn refusal(snapshot: &Snapshot, state: &[u8]) -> Option<Ended> {
+/// How the restore of a snapshot with this state is refused; none when it is not.
+pub fn refusal(snapshot: &Snapshot, state: &[u8]) -> Option<Ended> {
     std::fs::write(snapshot.path("state"), state).unwrap();
     let vm = restore(snapshot, &[], &["--rng", "--paused"]);
     if let Some(control) = vm.try_control() {
-        control.send(&serde_json::to_vec(&Request::Kill).unwrap());
+        // It may end before it is asked to.
+        let _ = control.try_ask(&Request::Kill);
     }
     let end = vm.end();
     assert!(matches!(end.code, Some(2 | 3 | 7)), "{end:?}");

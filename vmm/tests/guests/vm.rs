@@ -244,10 +244,15 @@ fn connect(path: &Path) -> io::Result<OwnedFd> {
 impl Control {
     /// Sends bytes as one datagram.
     pub fn send(&self, bytes: &[u8]) {
+        assert!(self.try_send(bytes), "{}", io::Error::last_os_error());
+    }
+
+    /// The same; false when the VMM has ended.
+    fn try_send(&self, bytes: &[u8]) -> bool {
         // SAFETY: pointer and length are those of a slice.
         let sent =
             unsafe { libc::send(self.0.as_raw_fd(), bytes.as_ptr().cast(), bytes.len(), libc::MSG_NOSIGNAL) };
-        assert_eq!(sent, bytes.len().cast_signed(), "{}", io::Error::last_os_error());
+        sent == bytes.len().cast_signed()
     }
 
     /// The next message; none when the connection has ended.
@@ -266,7 +271,9 @@ impl Control {
 
     /// Asks and gets the answer; none when the VMM ends instead.
     pub fn try_ask(&self, request: &Request) -> Option<Reply> {
-        self.send(&serde_json::to_vec(request).unwrap());
+        if !self.try_send(&serde_json::to_vec(request).unwrap()) {
+            return None;
+        }
         match self.receive()? {
             FromVmm::Reply(reply) => Some(reply),
             other => panic!("{other:?} instead of a reply"),

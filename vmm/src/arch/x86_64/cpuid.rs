@@ -7,6 +7,7 @@ use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 
 use blixard_vmm_api::cpu::{CpuBaseline, CpuFeatures};
 
+use super::capabilities;
 use crate::snapshot::codec::{Invalid, Reader, Writer};
 use crate::snapshot::plain;
 
@@ -54,6 +55,8 @@ pub fn is_features(function: u32, index: u32, register: usize) -> bool {
 pub struct Template {
     entries: Vec<kvm_cpuid_entry2>,
     vcpus: u8,
+    /// What a baseline has in `IA32_ARCH_CAPABILITIES`.
+    arch_capabilities: Option<u64>,
 }
 
 impl Template {
@@ -92,7 +95,7 @@ impl Template {
                 ..Default::default()
             }));
         }
-        Self { entries, vcpus }
+        Self { entries, vcpus, arch_capabilities: None }
     }
 
     /// Writes the set for a snapshot.
@@ -108,7 +111,7 @@ impl Template {
     pub fn restore(from: &mut Reader<'_>, vcpus: u8) -> Result<Self, Invalid> {
         let count = from.count("CPUID entries", KVM_MAX_CPUID_ENTRIES)?;
         let entries = (0..count).map(|_| plain::read(from, "CPUID entry")).collect::<Result<_, _>>()?;
-        Ok(Self { entries, vcpus })
+        Ok(Self { entries, vcpus, arch_capabilities: None })
     }
 
     /// A guest that was promised this set can go on where `host` is what the host has.
@@ -153,7 +156,11 @@ impl Template {
             }
             (bits != [0; 4]).then_some(CpuFeatures { leaf: entry.function, subleaf: entry.index, bits })
         });
-        CpuBaseline { vendor: String::from_utf8_lossy(&name).into_owned(), features: features.collect() }
+        CpuBaseline {
+            vendor: String::from_utf8_lossy(&name).into_owned(),
+            features: features.collect(),
+            arch_capabilities: self.arch_capabilities,
+        }
     }
 
     /// Offers no more than `baseline`.
@@ -176,6 +183,7 @@ impl Template {
                 }
             }
         }
+        self.arch_capabilities = baseline.arch_capabilities;
         for entry in &mut self.entries {
             let allowed = baseline.bits(entry.function, entry.index);
             let (function, index) = (entry.function, entry.index);
@@ -187,6 +195,16 @@ impl Template {
             }
         }
         Ok(())
+    }
+
+    /// Whether guests have `IA32_ARCH_CAPABILITIES`.
+    pub fn has_arch_capabilities(&self) -> bool {
+        self.find(7, 0).is_some_and(|entry| entry.edx & capabilities::FEATURE != 0)
+    }
+
+    /// What guests read in `IA32_ARCH_CAPABILITIES`, when they have it and a baseline says what.
+    pub fn arch_capabilities(&self) -> Option<u64> {
+        self.arch_capabilities.filter(|_| self.has_arch_capabilities())
     }
 
     fn find(&self, function: u32, index: u32) -> Option<kvm_cpuid_entry2> {

@@ -3,6 +3,7 @@
 pub mod acpi;
 pub mod aml;
 pub mod boot_params;
+pub mod capabilities;
 pub mod cpuid;
 pub mod registers;
 pub mod vcpu_state;

@@ -5,12 +5,14 @@
 
 use std::os::fd::AsRawFd;
 
+use blixard_vmm_api::cpu::broken_promises;
 use kvm_bindings::{
     KVM_VCPUEVENT_VALID_NMI_PENDING, KVM_VCPUEVENT_VALID_SIPI_VECTOR, Msrs, kvm_debugregs, kvm_lapic_state,
     kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
 };
 use kvm_ioctls::VcpuFd;
 
+use super::capabilities;
 use crate::ioctl;
 use crate::snapshot::codec::{Invalid, Reader, Writer};
 use crate::snapshot::plain;
@@ -51,6 +53,9 @@ pub enum VcpuStateError {
         /// Its value.
         value: u64,
     },
+    /// The guest was told what is not so here.
+    #[error(transparent)]
+    Promise(#[from] Invalid),
     /// A list for the kernel is too long.
     #[error("list of model-specific registers")]
     List,
@@ -142,6 +147,11 @@ impl VcpuState {
         }
     }
 
+    /// What the guest was told in `IA32_ARCH_CAPABILITIES`; a hostile state may say it more than once.
+    pub fn arch_capabilities(&self) -> impl Iterator<Item = u64> {
+        self.msrs.iter().filter(|(index, _)| *index == capabilities::MSR).map(|(_, value)| *value)
+    }
+
     /// Frequency of the time stamp counter in kHz.
     pub fn tsc_khz(&self) -> u32 {
         self.tsc_khz
@@ -186,6 +196,17 @@ impl VcpuState {
             },
         })
     }
+}
+
+/// Lets the guest of a vCPU that has its CPUID read `promised` in `IA32_ARCH_CAPABILITIES`. A software flavour of KVM that takes no
+/// value may show less than that.
+///
+/// # Errors
+/// The kernel refuses, and shows more.
+pub fn tell_arch_capabilities(vcpu: &VcpuFd, promised: u64) -> Result<(), VcpuStateError> {
+    let Err(refused) = set_msrs(vcpu, &[(capabilities::MSR, promised)]) else { return Ok(()) };
+    let shown = get_msrs(vcpu, &[capabilities::MSR])?.first().map_or(0, |(_, value)| *value);
+    if broken_promises(shown, promised) == 0 { Ok(()) } else { Err(refused) }
 }
 
 fn xsave_call(
