@@ -18,5 +18,5 @@ miri() { cargo +nightly miri test --quiet --target "$host" --target-dir target/m
 skip="--skip timer --skip restored_as_spent --skip two_threads --skip 4_gib --skip too_many_extents --skip no_chain_is_lost"
 miri -p blixard-vmm --lib -- $skip ${*:-memory::pages memory::dirty snapshot::codec snapshot::plain snapshot::sections snapshot::file \
     arch::x86_64::cpuid arch::x86_64::vcpu_state arch::x86_64::capabilities arch::x86_64::registers arch::x86_64::aml \
-    virtio::queue_test virtio::rate pci:: mailbox stats layout devices::ioapic devices::power elf::}
+    virtio::queue_test virtio::rate pci:: mailbox layout devices::ioapic devices::power elf::}
 miri -p blixard-vmm-api
