@@ -95,8 +95,7 @@ pub struct MemoryConfig {
     /// Note which pages are written, so that snapshots after the first may be diffs. Costs a fault per page and interval.
     #[serde(default)]
     pub track_writes: bool,
-    /// Memory is a file from the start, so that the first fork copies nothing. Costs huge pages, and with them a start that is
-    /// about half again as long.
+    /// Memory is a file from the start, so that the first fork copies nothing. Costs huge pages, and with them a faster start.
     #[serde(default)]
     pub fork_ready: bool,
 }
