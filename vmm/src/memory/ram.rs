@@ -271,6 +271,9 @@ impl Ram {
 
     /// Copies anonymous memory to `file` and maps that in its place, piece by piece: at no time is there more than a piece of
     /// it twice, so that a limit on memory that was enough before still is. Answers the number of bytes copied.
+    ///
+    /// When a copy fails, some of memory is moved and some is not. All of it has its content, and is found again as before:
+    /// the pages of a file in memory are there as anonymous ones are. So the VM can go on, and the next fork begins anew.
     fn move_to(&mut self, file: &File) -> Result<u64, RamError> {
         let mut pages = sparse::resident(&self.memory).map_err(RamError::Resident)?;
         self.images.extents().for_each(|extent| pages.add(extent));
@@ -278,8 +281,7 @@ impl Ram {
         while at < size {
             let end = size.min(at + MOVE_PIECE);
             let copied = sparse::write(&self.memory, pages.within(at / 4096, end / 4096), file);
-            // From the first piece on, memory is partly moved, and an error is that of a memory half frozen.
-            bytes += copied.map_err(|source| RamError::Freeze { call: "copy", source })?;
+            bytes += copied.map_err(RamError::Write)?;
             self.map_frozen(file, at, end)?;
             at = end;
         }
@@ -352,5 +354,39 @@ const F_SEAL_FUTURE_WRITE: libc::c_int = 0x0010;
 fn track(memory: &GuestMemory) {
     for region in memory.iter() {
         region.bitmap().map().track(usize::try_from(region.len()).unwrap_or(0));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::*;
+    use crate::layout::MIB;
+
+    #[test]
+    fn memory_that_could_not_be_moved_whole_is_still_there_and_can_be_moved_later() {
+        let memory = crate::memory::create(24).unwrap();
+        let mut ram = Ram::new(&memory, None, MemoryConfig::default());
+        let places = [0, 4 * MIB, 8 * MIB - 8, 8 * MIB, 17 * MIB, 24 * MIB - 8].map(GuestAddress);
+        let check = || places.map(|at| memory.read_obj::<u64>(at).unwrap()) == places.map(|at| at.0 + 1);
+        places.iter().for_each(|at| memory.write_obj(at.0 + 1, *at).unwrap());
+        // It cannot grow, so that only the first piece has room.
+        let small = memory_file(8 * MIB, false).unwrap();
+        let error = ram.move_to(&small).unwrap_err();
+        assert!(matches!(error, RamError::Write(_)), "{error}");
+        drop(small);
+        assert!(check());
+        let file = memory_file(24 * MIB, false).unwrap();
+        assert_eq!(ram.move_to(&file).unwrap(), 6 * 4096);
+        assert!(check());
+        // What is written now stays out of the file.
+        memory.write_obj(7u64, places[4]).unwrap();
+        use std::os::unix::fs::FileExt;
+        for at in places {
+            let mut word = [0; 8];
+            file.read_exact_at(&mut word, at.0).unwrap();
+            assert_eq!(u64::from_le_bytes(word), at.0 + 1);
+        }
     }
 }
