@@ -39,19 +39,20 @@ pub struct Accel {
     pub name: String,
     /// Why this one.
     pub why: String,
-    /// The first processor is there, but hosts run nothing on it that they are not forced to.
+    /// Processors are TCG's, so that hosts keep away from two of its races (`README.md`, "Gotchas"): their first processor runs
+    /// nothing that it is not forced to, and they keep a VM open ([`crate::snapshot::HOLD`]).
     ///
-    /// In QEMU 7.2 (10.0 shows the same panic), TCG's XRSTOR on any processor clears a flag of the first one (`cpu_clear_ignne`) with a
-    /// read, a change and a write that are not atomic. When the first processor leaves a guest at the same moment, it
-    /// can stay half inside: nested paging goes on for the host. Then the guest ends in a triple fault, or the host
-    /// panics. A first processor that never enters a guest cannot lose its flags.
-    pub spare_first: bool,
+    /// The first race, in QEMU 7.2 (10.0 shows the same panic): TCG's XRSTOR on any processor clears a flag of the first one
+    /// (`cpu_clear_ignne`) with a read, a change and a write that are not atomic. When the first processor leaves a guest at the
+    /// same moment, it can stay half inside: nested paging goes on for the host. Then the guest ends in a triple fault, or the
+    /// host panics. A first processor that never enters a guest cannot lose its flags.
+    pub emulated: bool,
 }
 
 impl Accel {
     /// Chooses; `$BLIXARD_RIG_ACCEL` (kvm or tcg) overrides.
     pub fn choose(leash: &Leash) -> Result<Self, Error> {
-        let tcg = |why: String| Self { args: TCG, name: "tcg".into(), why, spare_first: true };
+        let tcg = |why: String| Self { args: TCG, name: "tcg".into(), why, emulated: true };
         let wanted = std::env::var("BLIXARD_RIG_ACCEL").unwrap_or_default();
         match wanted.as_str() {
             "tcg" => return Ok(tcg("BLIXARD_RIG_ACCEL asks for it".into())),
@@ -63,7 +64,7 @@ impl Accel {
             Ok(()) => {
                 let model = cpuinfo.lines().find(|l| l.starts_with("model name")).unwrap_or_default();
                 let (name, why) = (format!("kvm {model}"), "a trial run of it worked".into());
-                Ok(Self { args: KVM, name, why, spare_first: false })
+                Ok(Self { args: KVM, name, why, emulated: false })
             }
             Err(why) if wanted == "kvm" => Err(Error::Unusable(why)),
             Err(why) => Ok(tcg(format!("no KVM: {why}"))),

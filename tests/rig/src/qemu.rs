@@ -137,7 +137,7 @@ impl Plan<'_> {
             Origin::Snapshot(snapshot) => (file(&snapshot.join("ram")), "off,reserve=off"),
         };
         let (cpus, mem) = (self.shape.cpus, self.shape.mem);
-        let (cpus, line) = if self.accel.spare_first {
+        let (cpus, line) = if self.accel.emulated {
             (cpus.saturating_add(1), format!("{KERNEL_LINE} isolcpus=0"))
         } else {
             (cpus, KERNEL_LINE.to_owned())
@@ -330,7 +330,7 @@ mod tests {
             args: ["-accel", "tcg", "-cpu", "max"],
             name: "tcg".into(),
             why: String::new(),
-            spare_first: true,
+            emulated: true,
         }
     }
 
@@ -379,7 +379,7 @@ mod tests {
             plan.args(Path::new("/run"), &Origin::Boot(Path::new("/ram"))).join(" ")
         };
         assert!(line(&accel()).contains("-smp 3 ") && line(&accel()).contains("isolcpus=0"));
-        let kvm = Accel { spare_first: false, ..accel() };
+        let kvm = Accel { emulated: false, ..accel() };
         assert!(line(&kvm).contains("-smp 2 ") && !line(&kvm).contains("isolcpus"));
     }
 

@@ -148,7 +148,7 @@ fn prepare(
     if options.boot {
         for ((_, shell), host) in channels.iter_mut().zip(hosts.iter()) {
             shell.run(host, snapshot::SETTLE)?;
-            if accel.spare_first {
+            if accel.emulated {
                 shell.run(host, snapshot::HOLD)?;
             }
         }

@@ -29,7 +29,7 @@ pub const SETTLE: &str = "systemctl is-system-running --wait
 /// patching: the breakpoint of the patch stayed in the translation, and all processors ran into it for ever. So it is
 /// patched once, before anything depends on the host. The descriptor of the VM is the process's own.
 pub const HOLD: &str = "setsid -w perl -e 'open(my $kvm, \"+<\", \"/dev/kvm\") or exit 1;
-        ioctl($kvm, 0xAE01, 0) or exit 1; fork and exit; sleep' </dev/null >/dev/null 2>&1 \
+        ioctl($kvm, 0xAE01, 0) or exit 1; defined(my $child = fork) or exit 1; exit if $child; sleep' </dev/null >/dev/null 2>&1 \
         || { echo no VM can be made; exit 1; }";
 /// Says on the console, which we can read, that no ssh session is left.
 const WATCH: &str = "setsid sh -c 'while pgrep -f \"^sshd: root\" >/dev/null; do sleep 0.1; done
@@ -77,7 +77,7 @@ fn make(new: &Path, image: &Entry, plan: &Plan<'_>, leash: &Leash) -> Result<(),
     let address = Address::of(&mut host, image.path())?;
     let mut shell = Shell::open(&mut host, &address, leash)?;
     shell.run(&host, SETTLE)?;
-    if plan.accel.spare_first {
+    if plan.accel.emulated {
         shell.run(&host, HOLD)?;
     }
     shell.run(&host, WATCH)?;
