@@ -22,7 +22,7 @@ use crate::auth::identity::{Identity, Keys, new_key, public_key};
 use crate::auth::keeper::Keeper;
 use crate::auth::tls::Tls;
 use crate::auth::{AuthError, random_hex};
-use crate::clock;
+use crate::clock::{self, Clock};
 use crate::config::Config;
 use crate::host::local::Local;
 use crate::host::renew::Renewer;
@@ -32,7 +32,9 @@ use crate::images::Importer;
 use crate::images::blobs::{BlobError, BlobStore};
 use crate::liveness;
 use crate::metrics::Metrics;
+use crate::raft::peer::Connect;
 use crate::raft::peer::server::PeerServer;
+use crate::raft::storage::Folder;
 use crate::raft::{Consensus, ConsensusError, Opening, ProposeError, recover};
 use crate::state::apply::DEFAULT_NETWORK;
 use crate::state::command::PLACEMENT_LEVEL;
@@ -139,11 +141,12 @@ async fn start(
     }
     let tls = keys.map(Tls::new).transpose()?;
     let opening = Opening {
-        folder: &raft,
+        storage: &Folder::make(&raft)?,
         node: tls.as_ref().map_or(FIRST_NODE, |tls| tls.identity().node),
         founder: tls.is_none(),
         snapshot_after: config.snapshot_after,
-        tls: tls.clone(),
+        way: tls.clone().map(|tls| Arc::new(tls) as Arc<dyn Connect>),
+        clock: Clock::default(),
     };
     let consensus = Consensus::open(opening).await?;
     let alone = tls.is_none() || consensus.is_alone();

@@ -12,7 +12,6 @@ use blixard_api::vm::Desired;
 use futures::StreamExt;
 use tokio_util::sync::CancellationToken;
 
-use crate::clock;
 use crate::raft::Consensus;
 use crate::scheduler::{Decision, cluster, place};
 use crate::state::placement::{Departure, VmChange};
@@ -138,7 +137,8 @@ pub async fn run(consensus: Consensus, stop: CancellationToken) {
         loop {
             revisions.mark_unchanged();
             if consensus.leads() {
-                let commands = due(&consensus.replica().state(), &mut memory, clock::monotonic_us() / 1000);
+                let commands =
+                    due(&consensus.replica().state(), &mut memory, consensus.clock().monotonic_us() / 1000);
                 // They go into the log in this order, the important first; one flush is for many of them.
                 let proposals = futures::stream::iter(commands).map(|command| propose(&consensus, command));
                 proposals.buffered(PROPOSALS_AT_ONCE).for_each(async |()| ()).await;
@@ -157,7 +157,7 @@ pub async fn run(consensus: Consensus, stop: CancellationToken) {
 
 async fn propose(consensus: &Consensus, command: Command) {
     let kind = command.kind();
-    let proposal = Proposal { now_ms: clock::now_ms(), key: None, command };
+    let proposal = Proposal { now_ms: consensus.clock().now_ms(), key: None, command };
     match consensus.propose(proposal).await {
         Ok((_, Ok(_))) => {}
         // Something has changed since: the next look sees it.

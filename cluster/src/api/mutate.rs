@@ -8,7 +8,6 @@ use sha2::{Digest as _, Sha256};
 
 use super::Api;
 use super::error::Failure;
-use crate::clock;
 use crate::state::{Answer, Command, Key, Outcome, Proposal};
 
 /// Longest idempotency key in characters.
@@ -54,7 +53,8 @@ impl Api {
         let Some(key) = key else { return Ok(None) };
         let state = self.consensus.replica().state();
         let Some(kept) = state.kept_answer(&key.text) else { return Ok(None) };
-        let expired = kept.at_ms.saturating_add(crate::state::ANSWER_KEPT_MS) <= clock::now_ms();
+        let expired =
+            kept.at_ms.saturating_add(crate::state::ANSWER_KEPT_MS) <= self.consensus.clock().now_ms();
         if expired {
             return Ok(None);
         }
@@ -79,7 +79,7 @@ impl Api {
     /// 503.
     pub async fn propose_raw(&self, key: Option<Key>, command: Command) -> Result<(u64, Outcome), Failure> {
         let kind = command.kind();
-        let proposal = Proposal { now_ms: clock::now_ms(), key, command };
+        let proposal = Proposal { now_ms: self.consensus.clock().now_ms(), key, command };
         let (revision, outcome) = self.consensus.propose(proposal).await?;
         self.metrics.command(kind, outcome.is_ok());
         Ok((revision, outcome))

@@ -13,7 +13,6 @@ use super::error::Failure;
 use super::query::Parameters;
 use super::{Api, Shared, answer, body};
 use crate::auth::{random_hex, sha256_hex};
-use crate::clock;
 use crate::host::chain;
 use crate::state::{
     Answer, ApiTokenRecord, Command, JoinTokenRecord, MemberCommand, NodeRecord, NodeStatus,
@@ -159,7 +158,7 @@ pub async fn create_join_token(State(api): State<Shared>, request: Request) -> R
     }
     let secret = random_hex().map_err(|error| Failure::internal(chain(&error)))?;
     let access = api.access(secret)?;
-    let now = clock::now_ms();
+    let now = api.consensus.clock().now_ms();
     let record = JoinTokenRecord {
         sha256: sha256_hex(access.secret.as_bytes()),
         created_at_ms: now,
@@ -194,7 +193,7 @@ pub async fn create_api_token(State(api): State<Shared>, request: Request) -> Re
     check_name(&name, false).map_err(|form| Failure::field("name", "bad_format", form))?;
     let secret = random_hex().map_err(|error| Failure::internal(chain(&error)))?;
     let access = api.access(secret)?;
-    let now = clock::now_ms();
+    let now = api.consensus.clock().now_ms();
     let record = ApiTokenRecord {
         name: name.clone(),
         sha256: sha256_hex(access.secret.as_bytes()),

@@ -14,7 +14,6 @@ use super::error::Failure;
 use super::query::Parameters;
 use super::view::view;
 use super::{Api, Shared, answer, body, logs, mutate, streams, validate, wait};
-use crate::clock;
 use crate::state::apply::DEFAULT_KERNEL;
 use crate::state::records::labels_match;
 use crate::state::{Answer, Command, VmRecord};
@@ -33,7 +32,7 @@ pub async fn create(
     let (parts, content) = request.into_parts();
     let dry_run = Parameters::of(&parts.uri, &["dry_run"])?.flag("dry_run")?;
     let bytes = body::read(&parts.headers, content).await?;
-    let request_us = clock::monotonic_us();
+    let request_us = api.consensus.clock().monotonic_us();
     let key = mutate::key(&parts, &bytes)?;
     if let Some((revision, kept)) = api.recall(key.as_ref())? {
         return api.vm_answer(revision, kept);
@@ -176,7 +175,7 @@ fn no_verb(method: &str, verb: &str) -> Failure {
 async fn start(api: &Api, project: &str, name: &str, request: Request) -> Result<Response, Failure> {
     let (parts, content) = request.into_parts();
     let (key, kept) = begin(api, &parts, content, empty).await?;
-    let request_us = clock::monotonic_us();
+    let request_us = api.consensus.clock().monotonic_us();
     if let Some((revision, kept)) = kept {
         return api.vm_answer(revision, kept);
     }

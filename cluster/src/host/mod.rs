@@ -18,24 +18,21 @@ use std::os::fd::OwnedFd;
 use blixard_agent_api::{AgentClient, AgentError, BlobRef, Finding, Generation, HostPlan, HostReport};
 use blixard_api::VmId;
 use blixard_vmm_api::stats::Sample;
+use futures::FutureExt;
+use futures::future::BoxFuture;
 
-/// What a node asks of its agent. Calls block; the simulation answers them without a host.
+/// An answer of the agent that is waited for, or the error (see [`AgentError`]).
+pub type Asked<T> = BoxFuture<'static, Result<T, AgentError>>;
+
+/// What a node asks of its agent. What is asked all the time is waited for without a thread, so that a simulation can answer it
+/// in its own time; the other calls block.
 pub trait Agent: Send + Sync + 'static {
     /// Store this plan and work toward it.
-    ///
-    /// # Errors
-    /// See [`AgentError`], as for all calls.
-    fn apply(&self, plan: HostPlan) -> Result<HostReport, AgentError>;
+    fn apply(&self, plan: HostPlan) -> Asked<HostReport>;
     /// The report, as soon as it is newer than this one, or after `wait_ms`.
-    ///
-    /// # Errors
-    /// See [`AgentError`].
-    fn observe(&self, agent_instance: u64, revision: u64, wait_ms: u64) -> Result<HostReport, AgentError>;
+    fn observe(&self, agent_instance: u64, revision: u64, wait_ms: u64) -> Asked<HostReport>;
     /// VMs that may be started elsewhere may run until this moment of CLOCK_BOOTTIME, if the agent's plan is this new.
-    ///
-    /// # Errors
-    /// See [`AgentError`].
-    fn renew(&self, until_ms: Option<u64>, generation: Generation) -> Result<(), AgentError>;
+    fn renew(&self, until_ms: Option<u64>, generation: Generation) -> Asked<()>;
     /// Keep this content.
     ///
     /// # Errors
@@ -68,17 +65,25 @@ pub trait Agent: Send + Sync + 'static {
     fn doctor(&self) -> Result<Vec<Finding>, AgentError>;
 }
 
+fn blocking<T: Send + 'static>(call: impl FnOnce() -> Result<T, AgentError> + Send + 'static) -> Asked<T> {
+    let called = tokio::task::spawn_blocking(call);
+    async { called.await.unwrap_or(Err(AgentError::Confused)) }.boxed()
+}
+
 impl Agent for AgentClient {
-    fn apply(&self, plan: HostPlan) -> Result<HostReport, AgentError> {
-        self.apply(plan)
+    fn apply(&self, plan: HostPlan) -> Asked<HostReport> {
+        let agent = self.clone();
+        blocking(move || agent.apply(plan))
     }
 
-    fn observe(&self, agent_instance: u64, revision: u64, wait_ms: u64) -> Result<HostReport, AgentError> {
-        self.observe(agent_instance, revision, wait_ms)
+    fn observe(&self, agent_instance: u64, revision: u64, wait_ms: u64) -> Asked<HostReport> {
+        let agent = self.clone();
+        blocking(move || agent.observe(agent_instance, revision, wait_ms))
     }
 
-    fn renew(&self, until_ms: Option<u64>, generation: Generation) -> Result<(), AgentError> {
-        self.renew(until_ms, generation)
+    fn renew(&self, until_ms: Option<u64>, generation: Generation) -> Asked<()> {
+        let agent = self.clone();
+        blocking(move || agent.renew(until_ms, generation))
     }
 
     fn put_blob(&self, blob: BlobRef, file: &File) -> Result<(), AgentError> {

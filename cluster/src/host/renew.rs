@@ -13,7 +13,6 @@ use tokio_util::sync::CancellationToken;
 
 use super::local::{Link, Local};
 use super::{Agent, chain};
-use crate::clock;
 use crate::liveness::Renewal;
 use crate::raft::Consensus;
 use crate::state::placement::NodeChange;
@@ -112,7 +111,7 @@ impl Renewer {
         match mode {
             Mode::Leases(record) => {
                 if let Some((until_ms, generation)) = passing.next(seen.report.generation.0)
-                    && until_ms > clock::boottime_ms()
+                    && until_ms > self.consensus.clock().boottime_ms()
                 {
                     self.renew(Some(until_ms), generation).await;
                 }
@@ -127,9 +126,7 @@ impl Renewer {
     }
 
     async fn renew(&self, until_ms: Option<u64>, generation: u64) {
-        let agent = Arc::clone(&self.agent);
-        let renewed = tokio::task::spawn_blocking(move || agent.renew(until_ms, Generation(generation)));
-        match renewed.await.unwrap_or(Err(AgentError::Confused)) {
+        match self.agent.renew(until_ms, Generation(generation)).await {
             Ok(()) => {}
             // Another start of the agent has an older plan: it gets the newest.
             Err(AgentError::Refused(problem)) if problem.kind == ProblemKind::NotNow => {}
@@ -139,7 +136,7 @@ impl Renewer {
 
     async fn record(&self, leased: bool) {
         let command = Command::Node { node: self.consensus.node(), change: NodeChange::Leased(leased) };
-        let proposal = Proposal { now_ms: clock::now_ms(), key: None, command };
+        let proposal = Proposal { now_ms: self.consensus.clock().now_ms(), key: None, command };
         match self.consensus.propose(proposal).await {
             Ok(_) => tracing::info!(leased, "what the agent does at the end of a lease is recorded"),
             Err(error) => tracing::debug!("cannot record it: {error}"),

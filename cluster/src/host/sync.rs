@@ -23,7 +23,6 @@ use tokio_util::sync::CancellationToken;
 use super::feed::{PlanFeed, ReplicaFeed};
 use super::local::{Link, Local};
 use super::{Agent, chain};
-use crate::clock;
 use crate::images::blobs::BlobStore;
 use crate::raft::Consensus;
 use crate::state::placement::{NodeChange, VmChange};
@@ -69,12 +68,6 @@ impl Backoff {
     }
 }
 
-async fn blocking<T: Send + 'static>(
-    call: impl FnOnce() -> Result<T, AgentError> + Send + 'static,
-) -> Result<T, AgentError> {
-    tokio::task::spawn_blocking(call).await.unwrap_or(Err(AgentError::Confused))
-}
-
 impl HostSync {
     /// Runs until `stop`.
     pub async fn run(self, stop: CancellationToken) {
@@ -96,6 +89,7 @@ impl HostSync {
             let Some(plan) = unsent.cloned() else {
                 // Either sender lives as long as the node; if one is gone the node is ending.
                 tokio::select! {
+                    biased;
                     plan = feed.next(have) => match plan {
                         Some(plan) => newest = Some(plan),
                         None => return,
@@ -105,9 +99,8 @@ impl HostSync {
                 continue;
             };
             let generation = plan.generation;
-            self.local.planned(&plan, clock::monotonic_us());
-            let agent = Arc::clone(&self.agent);
-            match blocking(move || agent.apply(plan)).await {
+            self.local.planned(&plan, self.consensus.clock().monotonic_us());
+            match self.agent.apply(plan).await {
                 Ok(report) => {
                     sent = Some((generation.0, Some(report.agent_instance)));
                     backoff = Backoff::new();
@@ -143,8 +136,7 @@ impl HostSync {
             let newest = host.seen.filter(|_| up);
             let (instance, revision) =
                 newest.map_or((0, 0), |seen| (seen.report.agent_instance, seen.report.revision));
-            let agent = Arc::clone(&self.agent);
-            match blocking(move || agent.observe(instance, revision, OBSERVE_WAIT_MS)).await {
+            match self.agent.observe(instance, revision, OBSERVE_WAIT_MS).await {
                 Ok(report) => {
                     if !up {
                         tracing::info!(instance = report.agent_instance, "the agent answers");
@@ -178,6 +170,7 @@ impl HostSync {
                 }
             };
             tokio::select! {
+                biased;
                 changed = hosts.changed() => if changed.is_err() { return },
                 Some(sent) = sending.join_next(), if !sending.is_empty() => {
                     if let Ok((blob, done)) = sent {
@@ -204,7 +197,7 @@ impl HostSync {
 
     async fn propose(&self, command: Command) -> bool {
         let kind = command.kind();
-        let proposal = Proposal { now_ms: clock::now_ms(), key: None, command };
+        let proposal = Proposal { now_ms: self.consensus.clock().now_ms(), key: None, command };
         match self.consensus.propose(proposal).await {
             Ok(_) => true,
             Err(error) => {

@@ -9,7 +9,6 @@ use tokio_util::sync::CancellationToken;
 
 use super::detector::Unanswered;
 use super::{Action, Detector, Settings, Standing};
-use crate::clock;
 use crate::raft::Consensus;
 use crate::state::placement::NodeChange;
 use crate::state::{Command, NodeId, Proposal, Refusal};
@@ -42,7 +41,7 @@ pub async fn beat(consensus: Consensus, stop: CancellationToken) {
         let voters = consensus.electorate();
         let (number, connected) = {
             let mut holder = consensus.pulse().holder();
-            let now_ms = clock::boottime_ms();
+            let now_ms = consensus.clock().boottime_ms();
             (holder.beat(now_ms, &voters), holder.is_connected(now_ms))
         };
         for voter in voters.voters() {
@@ -122,7 +121,7 @@ impl Watch {
     }
 
     fn decide(&self, standings: &BTreeMap<NodeId, Standing>) -> Vec<Action> {
-        let (voters, now_ms) = (self.consensus.electorate(), clock::boottime_ms());
+        let (voters, now_ms) = (self.consensus.electorate(), self.consensus.clock().boottime_ms());
         let mut voter = self.consensus.pulse().voter();
         voter.votes_since(now_ms, voters.since);
         voter.retain(|node| standings.contains_key(&node));
@@ -135,7 +134,7 @@ impl Watch {
             let (consensus, detector) = (self.consensus.clone(), Arc::clone(&self.detector));
             self.questions.spawn(async move {
                 if consensus.reaches_via(via, node).await {
-                    locked(&detector).reached(clock::boottime_ms(), node);
+                    locked(&detector).reached(consensus.clock().boottime_ms(), node);
                 }
             });
         }
@@ -150,13 +149,15 @@ impl Watch {
         self.questions.spawn(async move {
             let Ok(answer) = consensus.ask_unanswered(voter, node, suspicion).await else { return };
             let Some(for_ms) = answer.for_ms else { return };
-            let told = Unanswered { for_ms, at_ms: clock::boottime_ms(), electorate: answer.electorate };
+            let told =
+                Unanswered { for_ms, at_ms: consensus.clock().boottime_ms(), electorate: answer.electorate };
             locked(&detector).told(node, suspicion, voter, told);
         });
     }
 
     fn may_be_down(&mut self, node: NodeId, suspicion: u64) -> bool {
-        let checked = self.consensus.replica().state().check_down(node, suspicion, clock::now_ms());
+        let checked =
+            self.consensus.replica().state().check_down(node, suspicion, self.consensus.clock().now_ms());
         if let Err(refusal @ Refusal::TooManyDown { .. }) = &checked
             && self.told.insert(node, suspicion).is_none()
         {
@@ -176,7 +177,7 @@ impl Watch {
             _ => tracing::info!(name, "a node answers again"),
         }
         let command = Command::Node { node, change };
-        let proposal = Proposal { now_ms: clock::now_ms(), key: None, command };
+        let proposal = Proposal { now_ms: self.consensus.clock().now_ms(), key: None, command };
         match tokio::time::timeout(PROPOSE_MAX, self.consensus.propose(proposal)).await {
             Ok(Ok((_, Ok(_)))) => {}
             Ok(Ok((_, Err(refusal)))) => tracing::info!(name, "not so any more: {refusal}"),

@@ -81,7 +81,7 @@ impl Consensus {
     /// It does not reply in time.
     pub async fn beat(&self, voter: NodeId, connected: bool) -> io::Result<Reply> {
         let beaten = if voter == self.node {
-            self.heartbeat_of(voter, connected, crate::clock::boottime_ms())
+            self.heartbeat_of(voter, connected, self.clock.boottime_ms())
         } else {
             self.ask_member::<Beaten>(voter, &Question::Beat { connected }, ANSWER_MAX).await?
         };
@@ -100,7 +100,7 @@ impl Consensus {
         suspicion: u64,
     ) -> io::Result<Unanswered> {
         if voter == self.node {
-            return Ok(self.unanswered(node, suspicion, crate::clock::boottime_ms()));
+            return Ok(self.unanswered(node, suspicion, self.clock.boottime_ms()));
         }
         self.ask_member(voter, &Question::Unanswered { node, suspicion }, ANSWER_MAX).await
     }

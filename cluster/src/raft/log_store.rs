@@ -1,24 +1,24 @@
 //! The Raft log and the vote, in one redb file.
 //!
-//! Entries are readable at once (from memory) and durable a little later: a thread of its own takes all that has piled up
-//! since its last commit and writes it in one transaction, so that many proposals share one flush. It reports each
+//! Entries are readable at once (from memory) and durable a little later: a [`Writer`] on a thread of its own takes all that has
+//! piled up since its last commit and writes it in one transaction, so that many proposals share one flush. It reports each
 //! batch only after the flush. Votes, truncations and purges take the same road, in order.
 
 use std::collections::BTreeMap;
 use std::fmt::Debug;
 use std::io;
 use std::ops::{Bound, RangeBounds};
-use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use openraft::OptionalSend;
 use openraft::entry::RaftEntry;
 use openraft::storage::{IOFlushed, LogState, RaftLogReader, RaftLogStorage};
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 
 use super::codec::{self, Reader};
 use super::db::{Closed, Db};
+use super::storage::{self, Storage, blocking};
 use super::types::{Entry, LogId, Types, Vote};
 
 const LOG: TableDefinition<u64, &[u8]> = TableDefinition::new("log");
@@ -94,7 +94,7 @@ impl Shared {
 #[derive(Clone)]
 pub struct LogStore {
     shared: Arc<Shared>,
-    jobs: mpsc::Sender<Job>,
+    jobs: mpsc::UnboundedSender<Job>,
 }
 
 /// A log, and the end of its database.
@@ -109,20 +109,13 @@ fn json_error(error: serde_json::Error) -> io::Error {
 }
 
 impl LogStore {
-    /// Opens the log in this file, and makes it when there is none.
+    /// Opens the log, and makes it when there is none.
     ///
     /// # Errors
     /// See [`LogError`].
-    pub fn open(path: &Path) -> Result<Opened, LogError> {
-        let db = Database::builder().set_cache_size(CACHE_BYTES).create(path);
-        Self::new(db.map_err(|e| LogError::Open(Box::new(e.into())))?)
-    }
-
-    /// The log in this database, which may be backed by anything that redb takes.
-    ///
-    /// # Errors
-    /// See [`LogError`].
-    pub fn new(db: Database) -> Result<Opened, LogError> {
+    pub fn open(storage: &dyn Storage) -> Result<Opened, LogError> {
+        let db = storage.open(storage::LOG, CACHE_BYTES);
+        let db = db.map_err(|e| LogError::Open(Box::new(e.into())))?;
         let opened = |error: redb::Error| LogError::Open(Box::new(error));
         let found = prepare(&db).map_err(opened)?;
         if found > SCHEMA_VERSION {
@@ -135,12 +128,10 @@ impl LogStore {
         let memory = recall(&db).map_err(LogError::Read)?;
         let (db, closed) = Db::new(db);
         let shared = Arc::new(Shared { db, memory: Mutex::new(memory) });
-        let (jobs, queue) = mpsc::channel();
-        let writer = Arc::clone(&shared);
-        std::thread::Builder::new()
-            .name("raft-log".into())
-            .spawn(move || write(&writer, &queue))
-            .map_err(LogError::Writer)?;
+        // Bounded by openraft: it waits for earlier entries before it accepts more.
+        let (jobs, queue) = mpsc::unbounded_channel();
+        let writer = Writer { shared: Arc::clone(&shared), queue, first: None };
+        storage.run(writer).map_err(LogError::Writer)?;
         Ok((Self { shared, jobs }, closed))
     }
 
@@ -221,11 +212,36 @@ fn recall(db: &Database) -> io::Result<Memory> {
     })
 }
 
-/// The writer thread: ends when nobody can send any more.
-fn write(shared: &Shared, queue: &mpsc::Receiver<Job>) {
-    while let Ok(first) = queue.recv() {
-        let mut jobs = vec![first];
-        jobs.extend(queue.try_iter().take(BATCH_MAX - 1));
+/// Writes what is to be durable, and says so. Ends when nobody can ask for it any more.
+pub struct Writer {
+    shared: Arc<Shared>,
+    queue: mpsc::UnboundedReceiver<Job>,
+    /// Waited for and not yet written.
+    first: Option<Job>,
+}
+
+impl Writer {
+    /// All of its work, on a thread that may wait.
+    pub fn run(mut self) {
+        while let Some(first) = self.queue.blocking_recv() {
+            self.first = Some(first);
+            self.write();
+        }
+    }
+
+    /// Waits until there is something to write; false at the end.
+    pub async fn ready(&mut self) -> bool {
+        if self.first.is_none() {
+            self.first = self.queue.recv().await;
+        }
+        self.first.is_some()
+    }
+
+    /// Writes all that has piled up, with one flush.
+    pub fn write(&mut self) {
+        let piled_up = std::iter::from_fn(|| self.queue.try_recv().ok()).take(BATCH_MAX - 1);
+        let jobs: Vec<Job> = self.first.take().into_iter().chain(piled_up).collect();
+        let shared = &self.shared;
         let result = commit(&shared.db, &jobs).map_err(io_error);
         if let Err(error) = &result {
             tracing::error!(%error, "the log cannot be written");
@@ -322,8 +338,7 @@ impl RaftLogReader<Types> for LogStore {
             return Ok(recent);
         }
         let shared = Arc::clone(&self.shared);
-        let older = tokio::task::spawn_blocking(move || read(&shared.db, begin, end.min(known_from)));
-        let mut entries = older.await.map_err(io::Error::other)??;
+        let mut entries = blocking(move || read(&shared.db, begin, end.min(known_from))).await?;
         entries.extend(recent);
         Ok(entries)
     }

@@ -109,6 +109,7 @@ impl Consensus {
         loop {
             let woken = async {
                 tokio::select! {
+                    biased;
                     changed = revisions.changed() => changed.is_ok(),
                     () = tokio::time::sleep(LOOK) => true,
                 }

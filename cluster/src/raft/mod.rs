@@ -4,6 +4,8 @@
 //! * [`codec`]: entries as bytes
 //! * [`log_store`]: log and vote, one flush for many proposals
 //! * [`state_store`]: applies entries to the state, and keeps it in redb
+//! * [`storage`]: where both are, and where their work is done
+//! * [`runtime`]: chance, for elections
 //! * [`replica`]: the state as the rest of the process sees it
 //! * [`peer`]: the way to other members
 //! * [`propose`]: commands and linearizable reads, here or through the leader
@@ -21,11 +23,12 @@ pub mod peer;
 pub mod propose;
 pub mod recover;
 pub mod replica;
+pub mod runtime;
 pub mod state_store;
+pub mod storage;
 pub mod types;
 
 use std::collections::BTreeMap;
-use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -34,13 +37,13 @@ use openraft::{BasicNode, Config, Raft, ServerState, SnapshotPolicy};
 
 use self::db::Closed;
 use self::log_store::{LogError, LogStore};
-use self::peer::Peers;
+use self::peer::{Connect, Peers};
 pub use self::propose::ProposeError;
 use self::replica::Replica;
 use self::state_store::{StateError, StateStore};
+use self::storage::Storage;
 use self::types::Types;
-use crate::auth::tls::Tls;
-use crate::clock;
+use crate::clock::Clock;
 use crate::liveness::Pulse;
 use crate::state::NodeId;
 
@@ -103,16 +106,18 @@ pub struct RaftNumbers {
 
 /// What a member is opened with.
 pub struct Opening<'a> {
-    /// Folder of log and state.
-    pub folder: &'a Path,
+    /// Where log and state are.
+    pub storage: &'a dyn Storage,
     /// Number of this node.
     pub node: NodeId,
     /// Makes a cluster of this one voter when there is none. Otherwise the first contact comes from the leader.
     pub founder: bool,
     /// Entries after which the log is cut.
     pub snapshot_after: u64,
-    /// Keys for the way to other members, when there can be some.
-    pub tls: Option<Tls>,
+    /// The way to other members, when there can be some.
+    pub way: Option<Arc<dyn Connect>>,
+    /// The clocks of this host.
+    pub clock: Clock,
 }
 
 /// The handle of this member. Clones are the same member.
@@ -124,6 +129,7 @@ pub struct Consensus {
     proposals: Arc<AtomicU64>,
     node: NodeId,
     pulse: Arc<Pulse>,
+    clock: Clock,
     closing: Arc<Mutex<Vec<Closed>>>,
 }
 
@@ -153,13 +159,11 @@ impl Consensus {
     /// # Errors
     /// See [`ConsensusError`].
     pub async fn open(opening: Opening<'_>) -> Result<Self, ConsensusError> {
-        let Opening { folder, node, founder, snapshot_after, tls } = opening;
-        let made = std::fs::create_dir_all(folder);
-        made.map_err(|source| ConsensusError::Folder { path: folder.to_owned(), source })?;
-        let (log, log_closed) = LogStore::open(&folder.join("log.redb"))?;
-        let (state, state_closed) = StateStore::open(&folder.join("state.redb"))?;
+        let Opening { storage, node, founder, snapshot_after, way, clock } = opening;
+        let (log, log_closed) = LogStore::open(storage)?;
+        let (state, state_closed) = StateStore::open(storage, clock.clone())?;
         let replica = state.replica();
-        let peers = Peers::new(Arc::clone(&replica), tls);
+        let peers = Peers::new(Arc::clone(&replica), way);
         let failed = |what| move |error: String| ConsensusError::Raft { what, reason: error };
         let config = settings(snapshot_after).validate();
         let config = config.map_err(|e| failed("use its settings")(e.to_string()))?;
@@ -175,8 +179,8 @@ impl Consensus {
             elect.map_err(|e| failed("stand for election")(e.to_string()))?;
         }
         let closing = Arc::new(Mutex::new(vec![log_closed, state_closed]));
-        let pulse = Arc::new(Pulse::new(clock::boottime_ms()));
-        Ok(Self { raft, replica, peers, proposals: Arc::default(), node, pulse, closing })
+        let pulse = Arc::new(Pulse::new(clock.boottime_ms()));
+        Ok(Self { raft, replica, peers, proposals: Arc::default(), node, pulse, clock, closing })
     }
 
     /// True when this is the only member that votes.
@@ -207,6 +211,11 @@ impl Consensus {
     /// The state as it was last applied here.
     pub fn replica(&self) -> &Arc<Replica> {
         &self.replica
+    }
+
+    /// The clocks by which this member decides.
+    pub fn clock(&self) -> &Clock {
+        &self.clock
     }
 
     /// This node.

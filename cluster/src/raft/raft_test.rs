@@ -8,6 +8,7 @@ use tempfile::TempDir;
 
 use super::log_store::LogStore;
 use super::state_store::StateStore;
+use super::storage::Folder;
 use super::types::Types;
 use super::*;
 use crate::state::testing::{create, image, init, kernel};
@@ -18,8 +19,8 @@ struct Builder;
 impl StoreBuilder<Types, LogStore, StateStore, TempDir> for Builder {
     async fn build(&self) -> Result<(TempDir, LogStore, StateStore), StorageError<Types>> {
         let folder = TempDir::new().unwrap();
-        let (log, _) = LogStore::open(&folder.path().join("log.redb")).unwrap();
-        let (state, _) = StateStore::open(&folder.path().join("state.redb")).unwrap();
+        let (log, _) = LogStore::open(&Folder::new(folder.path())).unwrap();
+        let (state, _) = StateStore::open(&Folder::new(folder.path()), Clock::default()).unwrap();
         Ok((folder, log, state))
     }
 }
@@ -34,7 +35,8 @@ fn proposal(command: Command) -> Proposal {
 }
 
 async fn open(folder: &Path) -> Consensus {
-    let opening = Opening { folder, node: 1, founder: true, snapshot_after: 50, tls: None };
+    let (storage, clock) = (Folder::new(folder), Clock::default());
+    let opening = Opening { storage: &storage, node: 1, founder: true, snapshot_after: 50, way: None, clock };
     let consensus = Consensus::open(opening).await.unwrap();
     consensus.recovered().await.unwrap();
     consensus
@@ -137,7 +139,7 @@ async fn a_log_of_the_former_schema_is_brought_to_the_present_one() {
     ];
     write_version_1(&path, &entries);
     for _ in 0..2 {
-        let (mut log, closed) = LogStore::open(&path).unwrap();
+        let (mut log, closed) = LogStore::open(&Folder::new(folder.path())).unwrap();
         assert_eq!(log.try_get_log_entries(..).await.unwrap(), entries);
         drop(log);
         closed.wait().await;
@@ -154,13 +156,13 @@ fn a_log_of_a_later_schema_is_left_alone() {
     transaction.open_table(meta).unwrap().insert("schema", 99_u32.to_le_bytes().as_slice()).unwrap();
     transaction.commit().unwrap();
     drop(db);
-    assert!(matches!(LogStore::open(&path), Err(LogError::Newer { found: 99 })));
+    assert!(matches!(LogStore::open(&Folder::new(folder.path())), Err(LogError::Newer { found: 99 })));
 }
 
 /// A disk in memory that fails when told to.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct BadDisk {
-    memory: redb::backends::InMemoryBackend,
+    memory: Arc<redb::backends::InMemoryBackend>,
     broken: Arc<std::sync::atomic::AtomicBool>,
 }
 
@@ -170,6 +172,17 @@ impl BadDisk {
             true => Err(std::io::ErrorKind::StorageFull.into()),
             false => Ok(()),
         }
+    }
+}
+
+impl storage::Storage for BadDisk {
+    fn open(&self, _: &str, _: usize) -> Result<redb::Database, redb::DatabaseError> {
+        redb::Database::builder().create_with_backend(self.clone())
+    }
+
+    fn run(&self, writer: log_store::Writer) -> std::io::Result<()> {
+        std::thread::spawn(move || writer.run());
+        Ok(())
     }
 }
 
@@ -204,8 +217,8 @@ async fn nothing_counts_as_stored_when_the_disk_is_full() {
     use openraft::storage::{IOFlushed, RaftLogStorage};
     use openraft::type_config::TypeConfigExt;
     let broken = Arc::new(std::sync::atomic::AtomicBool::new(false));
-    let disk = BadDisk { memory: redb::backends::InMemoryBackend::new(), broken: Arc::clone(&broken) };
-    let (mut log, _) = LogStore::new(redb::Database::builder().create_with_backend(disk).unwrap()).unwrap();
+    let disk = BadDisk { memory: Arc::default(), broken: Arc::clone(&broken) };
+    let (mut log, _) = LogStore::open(&disk).unwrap();
     let mut append = async |index| {
         let (done, flushed) = Types::oneshot();
         log.append([entry(index, EntryPayload::Blank)], IOFlushed::signal(done)).await.unwrap();

@@ -15,8 +15,9 @@ use openraft::{BasicNode, EntryPayload, LogId as RaftLogId, Membership};
 use super::ConsensusError;
 use super::log_store::LogStore;
 use super::state_store::StateStore;
+use super::storage::Folder;
 use super::types::{Command, Entry, LeaderId, Vote};
-use crate::clock;
+use crate::clock::{self, Clock};
 use crate::state::{self, MemberCommand, NodeId, Proposal};
 
 /// What was done.
@@ -33,8 +34,8 @@ pub struct Recovered {
 /// # Errors
 /// See [`ConsensusError`].
 pub async fn force_new_cluster(folder: &Path, node: NodeId) -> Result<Recovered, ConsensusError> {
-    let (mut log, log_closed) = LogStore::open(&folder.join("log.redb"))?;
-    let (state, state_closed) = StateStore::open(&folder.join("state.redb"))?;
+    let (mut log, log_closed) = LogStore::open(&Folder::new(folder))?;
+    let (state, state_closed) = StateStore::open(&Folder::new(folder), Clock::default())?;
     let result = rewrite(&mut log, &state, node).await;
     drop((log, state));
     log_closed.wait().await;

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Rw
 use blixard_api::VmId;
 use tokio::sync::watch;
 
+use crate::clock::Clock;
 use crate::state::{State, VmRecord};
 
 /// Changes of VMs that are remembered for watchers that come back.
@@ -49,6 +50,7 @@ pub struct Compacted {
 #[derive(Debug)]
 pub struct Replica {
     state: RwLock<State>,
+    clock: Clock,
     revision: watch::Sender<u64>,
     history: Mutex<History>,
     /// When the newest start of each VM was applied here: number of the start, microseconds of CLOCK_MONOTONIC.
@@ -57,11 +59,12 @@ pub struct Replica {
 
 impl Replica {
     /// A replica that holds this state.
-    pub fn new(state: State) -> Self {
+    pub fn new(state: State, clock: Clock) -> Self {
         let forgotten = state.revision();
         Self {
             revision: watch::Sender::new(forgotten),
             state: RwLock::new(state),
+            clock,
             history: Mutex::new(History { changes: VecDeque::new(), forgotten }),
             applied: Mutex::new(HashMap::new()),
         }
@@ -107,7 +110,7 @@ impl Replica {
     /// Tells everybody about changes that are in the state now.
     pub(super) fn publish(&self, revision: u64, changes: Vec<Change>) {
         if !changes.is_empty() {
-            let now = crate::clock::monotonic_us();
+            let now = self.clock.monotonic_us();
             let mut applied = self.applied.lock().unwrap_or_else(PoisonError::into_inner);
             for change in &changes {
                 match &change.what {
@@ -147,7 +150,7 @@ mod tests {
 
     #[test]
     fn a_watcher_that_was_away_too_long_is_told_so() {
-        let replica = Replica::new(State::default());
+        let replica = Replica::new(State::default(), Clock::default());
         let vm = Arc::new(crate::state::testing::vm());
         for revision in 1..=(HISTORY_MAX as u64 + 2) {
             let change = Change { revision, what: Changed::Vm(Arc::clone(&vm)) };

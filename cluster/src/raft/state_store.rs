@@ -9,20 +9,23 @@
 
 use std::fs::File;
 use std::io::{self, BufReader, Read, Seek};
-use std::path::Path;
+use std::ops::Bound;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use futures::{Stream, StreamExt};
 use openraft::storage::{EntryResponder, RaftSnapshotBuilder, RaftStateMachine};
 use openraft::{EntryPayload, OptionalSend};
 use redb::{Database, Durability, ReadTransaction, ReadableDatabase, ReadableTable, TableDefinition};
 use serde::de::DeserializeOwned;
+use tokio::time::Instant;
 
 use super::db::{Closed, Db};
 use super::log_store::io_error;
 use super::replica::{Change, Changed, Replica};
+use super::storage::{self, Storage, blocking, blocking_here};
 use super::types::{Applied, LogId, SnapshotMeta, StoredMembership, Types};
+use crate::clock::Clock;
 use crate::state::{Command, RecordError, RecordKey, State};
 
 const RECORDS: TableDefinition<&str, &[u8]> = TableDefinition::new("records");
@@ -112,6 +115,27 @@ fn next_part(reader: &mut impl Read) -> io::Result<Option<Vec<u8>>> {
 }
 
 impl SnapshotData {
+    /// The records behind `after`, as [`put_record`] writes them, until they are this many bytes, and the key of the last; `None`
+    /// at the end.
+    ///
+    /// # Errors
+    /// They cannot be read. What came from another node is not sent on.
+    pub fn part(&self, after: Option<&str>, bytes: usize) -> io::Result<Option<(Vec<u8>, String)>> {
+        let Self::View(transaction) = self else { return Err(io::ErrorKind::Unsupported.into()) };
+        let table = transaction.open_table(RECORDS).map_err(io_error)?;
+        let begin = after.map_or(Bound::Unbounded, Bound::Excluded);
+        let (mut part, mut last) = (Vec::with_capacity(bytes), None);
+        for item in table.range::<&str>((begin, Bound::Unbounded)).map_err(io_error)? {
+            let (key, value) = item.map_err(io_error)?;
+            put_record(&mut part, key.value(), value.value())?;
+            last = Some(key.value().to_owned());
+            if part.len() >= bytes {
+                break;
+            }
+        }
+        Ok(last.map(|last| (part, last)))
+    }
+
     /// Calls `each` with every record: key and JSON value.
     ///
     /// # Errors
@@ -165,20 +189,13 @@ fn meta<T: DeserializeOwned>(transaction: &ReadTransaction, key: &str) -> io::Re
 }
 
 impl StateStore {
-    /// Opens the state in this file, and makes it when there is none.
+    /// Opens the state, and makes it when there is none.
     ///
     /// # Errors
     /// See [`StateError`].
-    pub fn open(path: &Path) -> Result<(Self, Closed), StateError> {
-        let db = Database::builder().set_cache_size(CACHE_BYTES).create(path);
-        Self::new(db.map_err(|e| StateError::Open(Box::new(e.into())))?)
-    }
-
-    /// The state in this database, which may be backed by anything that redb takes.
-    ///
-    /// # Errors
-    /// See [`StateError`].
-    pub fn new(db: Database) -> Result<(Self, Closed), StateError> {
+    pub fn open(storage: &dyn Storage, clock: Clock) -> Result<(Self, Closed), StateError> {
+        let db = storage.open(storage::STATE, CACHE_BYTES);
+        let db = db.map_err(|e| StateError::Open(Box::new(e.into())))?;
         let found = prepare(&db).map_err(|e| StateError::Open(Box::new(e)))?;
         if found > SCHEMA_VERSION {
             return Err(StateError::Newer { found });
@@ -197,7 +214,7 @@ impl StateStore {
             let text = format!("not true of the stored state: {}", broken.join("; "));
             return Err(StateError::Read(io::Error::new(io::ErrorKind::InvalidData, text)));
         }
-        let replica = Arc::new(Replica::new(state));
+        let replica = Arc::new(Replica::new(state, clock));
         let (db, closed) = Db::new(db);
         Ok((Self { db, replica, applied, membership, flushed_at: Instant::now() }, closed))
     }
@@ -350,7 +367,7 @@ impl RaftSnapshotBuilder<Types> for SnapshotBuilder {
             flush(&db, true).map_err(io_error)?;
             Ok(snapshot)
         };
-        tokio::task::spawn_blocking(build).await.map_err(io::Error::other)?
+        blocking(build).await
     }
 }
 
@@ -378,7 +395,7 @@ impl RaftStateMachine<Types> for StateStore {
                 return Ok(());
             }
             // redb waits for the disk now and then; the other tasks of this thread go on elsewhere.
-            blocking(|| self.apply_batch(batch))?;
+            blocking_here(|| self.apply_batch(batch))?;
         }
     }
 
@@ -388,7 +405,7 @@ impl RaftStateMachine<Types> for StateStore {
 
     async fn install_snapshot(&mut self, snapshot: &SnapshotMeta, data: SnapshotData) -> io::Result<()> {
         let revision = snapshot.last_log_id.map_or(0, |id| id.index);
-        blocking(|| {
+        blocking_here(|| {
             // First a look at all of it: what is damaged replaces nothing.
             let state = state_of(revision, &data)?;
             let (applied, membership) = (json(&snapshot.last_log_id)?, json(&snapshot.last_membership)?);
@@ -422,14 +439,5 @@ impl RaftStateMachine<Types> for StateStore {
             return Ok(None);
         }
         view(&self.db).map(Some)
-    }
-}
-
-/// Runs `work` where it may wait for a disk.
-fn blocking<T>(work: impl FnOnce() -> T) -> T {
-    use tokio::runtime::{Handle, RuntimeFlavor};
-    match Handle::try_current().map(|handle| handle.runtime_flavor()) {
-        Ok(RuntimeFlavor::MultiThread) => tokio::task::block_in_place(work),
-        _ => work(),
     }
 }

@@ -13,6 +13,7 @@ openraft::declare_raft_types!(
     pub Types:
         D = Command,
         R = Applied,
+        AsyncRuntime = super::runtime::Runtime,
 );
 
 /// A proposal on its way through the log: as the bytes that every log stores, and, where it was proposed, as the value too.

@@ -1,6 +1,6 @@
 //! Questions to another member: each has a number, many are under way over one connection, answers come in any order.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -118,7 +118,7 @@ pub enum ReadIndex {
     Stopped(String),
 }
 
-type Answers = Arc<Mutex<HashMap<u64, oneshot::Sender<Vec<u8>>>>>;
+type Answers = Arc<Mutex<BTreeMap<u64, oneshot::Sender<Vec<u8>>>>>;
 
 /// A connection for questions. It lives as long as the task that reads from it.
 #[derive(Clone)]
@@ -206,7 +206,7 @@ impl Caller {
         };
         let (node, ended) = (self.node, Arc::clone(&answers));
         tokio::spawn(async move {
-            let result = tokio::select! { result = write => result, result = read => result };
+            let result = tokio::select! { biased; result = write => result, result = read => result };
             if let Err(error) = result {
                 tracing::debug!(node, "the connection to another node ended: {error}");
             }

@@ -13,9 +13,8 @@ use tokio::io::AsyncWriteExt;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
-use super::Dialer;
 use super::frame::{self, Frame, Kind};
-use crate::auth::tls::Outbound;
+use super::{Dialer, Stream as Connection};
 use crate::raft::codec::{self, Reader};
 use crate::raft::types::Types;
 use crate::state::NodeId;
@@ -45,7 +44,7 @@ pub struct Lane {
     line: Option<Line>,
     /// A connection that comes about. It outlives the session that asked for it: a heartbeat waits for less time than a
     /// handshake may take on a busy host.
-    connecting: Option<JoinHandle<io::Result<Outbound>>>,
+    connecting: Option<JoinHandle<io::Result<Box<dyn Connection>>>>,
 }
 
 fn gone() -> io::Error {
@@ -95,7 +94,7 @@ impl Lane {
         };
         let node = self.node;
         tokio::spawn(async move {
-            let result = tokio::select! { result = write => result, result = read => result };
+            let result = tokio::select! { biased; result = write => result, result = read => result };
             if let Err(error) = result {
                 tracing::debug!(node, "the connection for replication ended: {error}");
             }
@@ -161,6 +160,7 @@ where
                 }
             };
             tokio::select! {
+                biased;
                 frame = line.answers.recv() => {
                     let frame = frame.ok_or_else(gone)?;
                     if frame.number != line.awaited {

@@ -19,44 +19,67 @@ pub mod lane;
 pub mod server;
 pub mod snapshot;
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
+use std::io;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use futures::FutureExt;
+use futures::future::BoxFuture;
+use tokio::io::{AsyncRead, AsyncWrite};
+
 use self::call::Caller;
 use super::replica::Replica;
-use crate::auth::tls::{Outbound, Tls};
+use crate::auth::tls::Tls;
 use crate::state::NodeId;
+
+/// A connection to another member. Who is at the other end is certain.
+pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<S: AsyncRead + AsyncWrite + Send + Unpin> Stream for S {}
+
+/// How connections to other members come about.
+pub trait Connect: Send + Sync {
+    /// A connection to this node at this address.
+    fn connect(&self, node: NodeId, address: SocketAddr) -> BoxFuture<'_, io::Result<Box<dyn Stream>>>;
+}
+
+impl Connect for Tls {
+    fn connect(&self, node: NodeId, address: SocketAddr) -> BoxFuture<'_, io::Result<Box<dyn Stream>>> {
+        let connecting = self.connect(node, address);
+        async { Ok(Box::new(connecting.await?) as Box<dyn Stream>) }.boxed()
+    }
+}
 
 /// Connects to other members.
 #[derive(Clone)]
 pub struct Dialer {
     replica: Arc<Replica>,
-    tls: Option<Tls>,
+    way: Option<Arc<dyn Connect>>,
 }
 
 /// The way to other members: new connections, and those for questions. Clones share them.
 #[derive(Clone)]
 pub struct Peers {
     dialer: Dialer,
-    callers: Arc<Mutex<HashMap<NodeId, Arc<Caller>>>>,
+    callers: Arc<Mutex<BTreeMap<NodeId, Arc<Caller>>>>,
 }
 
 impl Dialer {
     /// The address of a member: where it said that it is, or else where it was when it became a member.
-    fn address(&self, node: NodeId, known: Option<&str>) -> std::io::Result<SocketAddr> {
+    fn address(&self, node: NodeId, known: Option<&str>) -> io::Result<SocketAddr> {
         let said = self.replica.state().node(node).and_then(|record| record.address);
         said.or_else(|| known?.parse().ok()).ok_or_else(|| {
             let text = format!("the address of node {node} is not known");
-            std::io::Error::new(std::io::ErrorKind::AddrNotAvailable, text)
+            io::Error::new(io::ErrorKind::AddrNotAvailable, text)
         })
     }
 
-    async fn connect(&self, node: NodeId, known: Option<&str>) -> std::io::Result<Outbound> {
-        let tls = self.tls.as_ref().ok_or_else(|| {
-            std::io::Error::new(std::io::ErrorKind::NotConnected, "this node has no keys for other nodes")
+    async fn connect(&self, node: NodeId, known: Option<&str>) -> io::Result<Box<dyn Stream>> {
+        let way = self.way.as_ref().ok_or_else(|| {
+            io::Error::new(io::ErrorKind::NotConnected, "this node has no keys for other nodes")
         })?;
-        tls.connect(node, self.address(node, known)?).await
+        way.connect(node, self.address(node, known)?).await
     }
 
     fn knows(&self, node: NodeId) -> bool {
@@ -65,9 +88,9 @@ impl Dialer {
 }
 
 impl Peers {
-    /// The way to the members that this replica knows. Without keys there is none.
-    pub fn new(replica: Arc<Replica>, tls: Option<Tls>) -> Self {
-        Self { dialer: Dialer { replica, tls }, callers: Arc::default() }
+    /// Goes this way to the members that the replica knows. Without keys there is none.
+    pub fn new(replica: Arc<Replica>, way: Option<Arc<dyn Connect>>) -> Self {
+        Self { dialer: Dialer { replica, way }, callers: Arc::default() }
     }
 
     /// Questions to a member. `known` is where it was when it became one.

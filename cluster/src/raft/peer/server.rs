@@ -13,11 +13,10 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 
 use super::call::{CALLS_MAX, Proposed, Question, ReadIndex};
-use super::content;
 use super::frame::{self, Frame, Kind};
 use super::snapshot::{self, Begin, Installed};
+use super::{Stream, content};
 use crate::auth::tls::{Inbound, node_of};
-use crate::clock;
 use crate::images::blobs::BlobStore;
 use crate::raft::codec::{self, Reader};
 use crate::raft::{Consensus, ProposeError};
@@ -55,7 +54,7 @@ impl PeerServer {
         Self { consensus, cluster, folder, blobs, serving: Arc::new(Semaphore::new(SERVED_MAX)), stop }
     }
 
-    /// Serves one connection until it ends. What is wrong with it is logged with its address.
+    /// Serves one connection until it ends, once it has shown whose it is. What is wrong with it is logged with its address.
     pub async fn serve(self, stream: Inbound, from: SocketAddr) {
         let node = match self.identify(&stream) {
             Ok(node) => node,
@@ -64,6 +63,11 @@ impl PeerServer {
                 return;
             }
         };
+        self.serve_member(stream, node, from).await;
+    }
+
+    /// Serves a connection of this member until it ends.
+    pub async fn serve_member(self, stream: impl Stream, node: NodeId, from: SocketAddr) {
         let stop = self.stop.clone();
         match stop.run_until_cancelled(self.answer(stream, node)).await {
             Some(Err(error)) if error.kind() == io::ErrorKind::InvalidData => {
@@ -100,7 +104,7 @@ impl PeerServer {
         Ok(())
     }
 
-    async fn answer(&self, mut stream: Inbound, node: NodeId) -> io::Result<()> {
+    async fn answer(&self, mut stream: impl Stream, node: NodeId) -> io::Result<()> {
         let first = tokio::time::timeout(FIRST_MAX, frame::read(&mut stream)).await;
         let first = first.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
         let Some(first) = first else { return Ok(()) };
@@ -117,7 +121,7 @@ impl PeerServer {
         }
     }
 
-    async fn append(&self, stream: Inbound, first: Frame, node: NodeId) -> io::Result<()> {
+    async fn append(&self, stream: impl Stream, first: Frame, node: NodeId) -> io::Result<()> {
         let (mut reader, mut writer) = tokio::io::split(stream);
         let (requests, queue) = mpsc::channel(REQUESTS_AHEAD);
         let mut next = first.number;
@@ -171,6 +175,7 @@ impl PeerServer {
         };
         let mut write = Box::pin(write);
         tokio::select! {
+            biased;
             result = &mut write => result,
             result = &mut read => {
                 result?;
@@ -181,7 +186,7 @@ impl PeerServer {
         }
     }
 
-    async fn calls(&self, stream: Inbound, first: Frame, node: NodeId) -> io::Result<()> {
+    async fn calls(&self, stream: impl Stream, first: Frame, node: NodeId) -> io::Result<()> {
         let (mut reader, mut writer) = tokio::io::split(stream);
         let (answers, mut queue) = mpsc::channel::<Vec<u8>>(CALLS_MAX);
         let room = Arc::new(Semaphore::new(CALLS_MAX));
@@ -225,7 +230,7 @@ impl PeerServer {
                 Some(_) => Err(io::Error::new(io::ErrorKind::InvalidData, "not a question")),
             }
         };
-        tokio::select! { result = write => result, result = read => result }
+        tokio::select! { biased; result = write => result, result = read => result }
     }
 
     async fn question(&self, question: Question, node: NodeId) -> io::Result<Vec<u8>> {
@@ -266,21 +271,25 @@ impl PeerServer {
                 };
                 serde_json::to_vec(&answer)
             }
-            Question::Beat { connected } => {
-                serde_json::to_vec(&self.consensus.heartbeat_of(node, connected, clock::boottime_ms()))
-            }
-            Question::Connected => {
-                serde_json::to_vec(&self.consensus.pulse().holder().is_connected(clock::boottime_ms()))
-            }
+            Question::Beat { connected } => serde_json::to_vec(&self.consensus.heartbeat_of(
+                node,
+                connected,
+                self.consensus.clock().boottime_ms(),
+            )),
+            Question::Connected => serde_json::to_vec(
+                &self.consensus.pulse().holder().is_connected(self.consensus.clock().boottime_ms()),
+            ),
             Question::Reach(other) => serde_json::to_vec(&self.consensus.reaches(other).await),
-            Question::Unanswered { node, suspicion } => {
-                serde_json::to_vec(&self.consensus.unanswered(node, suspicion, clock::boottime_ms()))
-            }
+            Question::Unanswered { node, suspicion } => serde_json::to_vec(&self.consensus.unanswered(
+                node,
+                suspicion,
+                self.consensus.clock().boottime_ms(),
+            )),
         };
         Ok(answer?)
     }
 
-    async fn snapshot(&self, mut stream: Inbound, first: &Frame, node: NodeId) -> io::Result<()> {
+    async fn snapshot(&self, mut stream: impl Stream, first: &Frame, node: NodeId) -> io::Result<()> {
         let begin: Begin = serde_json::from_slice(&first.content)?;
         check_sender(node, begin.vote.leader_id.node_id)?;
         let file = tempfile::tempfile_in(&self.folder)?;

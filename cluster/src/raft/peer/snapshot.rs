@@ -1,9 +1,9 @@
 //! A snapshot on its way to another member: a beginning, parts with whole records, an end, and the answer. Neither end
-//! holds more of it in memory than a few parts.
+//! holds more of it in memory than a part.
 
 use std::fs::File;
 use std::future::Future;
-use std::io;
+use std::io::{self, Write};
 use std::time::Duration;
 
 use openraft::errors::ReplicationClosed;
@@ -12,13 +12,12 @@ use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::frame::{self, Kind};
-use crate::raft::state_store::{SnapshotData, put_record};
+use crate::raft::state_store::SnapshotData;
+use crate::raft::storage::blocking;
 use crate::raft::types::{SnapshotMeta, Types, Vote};
 
 /// Bytes after which a part is sent.
 const PART_BYTES: usize = 256 << 10;
-/// Parts that are made before they are sent.
-const PARTS_AHEAD: usize = 4;
 /// Largest snapshot that is taken in, in bytes.
 const SNAPSHOT_BYTES_MAX: u64 = 4 << 30;
 /// Longest wait for the next part, and for the answer while records are stored.
@@ -54,33 +53,29 @@ pub(super) async fn send(
     data: SnapshotData,
     cancel: impl Future<Output = ReplicationClosed>,
 ) -> io::Result<Result<Installed, ReplicationClosed>> {
-    let (parts, mut queue) = tokio::sync::mpsc::channel::<Vec<u8>>(PARTS_AHEAD);
-    let reading = tokio::task::spawn_blocking(move || {
-        let mut part = Vec::with_capacity(PART_BYTES);
-        data.for_each(|key, value| {
-            put_record(&mut part, key, value)?;
-            if part.len() >= PART_BYTES {
-                let full = std::mem::replace(&mut part, Vec::with_capacity(PART_BYTES));
-                parts.blocking_send(full).map_err(|_| io::Error::from(io::ErrorKind::BrokenPipe))?;
-            }
-            Ok(())
-        })?;
-        parts.blocking_send(part).map_err(|_| io::Error::from(io::ErrorKind::BrokenPipe))
-    });
+    // Each part is read while nothing else is done: that is quick, and the view goes from one reading to the next.
+    let read = |data: SnapshotData, after: Option<String>| {
+        blocking(move || {
+            let part = data.part(after.as_deref(), PART_BYTES)?;
+            Ok((data, part))
+        })
+    };
     let exchange = async {
         let head = serde_json::to_vec(begin)?;
         timed_out(tokio::time::timeout(PART_MAX, frame::write(stream, Kind::SnapshotBegin, 0, &head)).await)?;
-        while let Some(part) = queue.recv().await {
+        let mut next = read(data, None).await?;
+        while let (data, Some((part, last))) = next {
             let sent = frame::write(stream, Kind::SnapshotPart, 0, &part);
             timed_out(tokio::time::timeout(PART_MAX, sent).await)?;
+            next = read(data, Some(last)).await?;
         }
-        reading.await.map_err(io::Error::other)??;
         frame::write(stream, Kind::SnapshotEnd, 0, &[]).await?;
         let answer = timed_out(tokio::time::timeout(STORE_MAX, frame::read(stream)).await)?;
         let answer = answer.ok_or_else(|| io::Error::from(io::ErrorKind::ConnectionReset))?;
         Ok(serde_json::from_slice(&answer.content)?)
     };
     tokio::select! {
+        biased;
         result = exchange => result.map(Ok),
         closed = cancel => Ok(Err(closed)),
     }
@@ -88,7 +83,7 @@ pub(super) async fn send(
 
 /// Takes the parts of a snapshot in; answers them as one file.
 pub(super) async fn receive(stream: &mut (impl AsyncRead + Unpin), file: File) -> io::Result<SnapshotData> {
-    let mut file = tokio::fs::File::from_std(file);
+    let mut file = file;
     let mut length = 0_u64;
     loop {
         let part = timed_out(tokio::time::timeout(PART_MAX, frame::read(stream)).await)?;
@@ -99,11 +94,14 @@ pub(super) async fn receive(stream: &mut (impl AsyncRead + Unpin), file: File) -
                 if length > SNAPSHOT_BYTES_MAX {
                     return Err(io::Error::new(io::ErrorKind::InvalidData, "the snapshot is too large"));
                 }
-                tokio::io::AsyncWriteExt::write_all(&mut file, &part.content).await?;
+                file = blocking(move || {
+                    file.write_all(&part.content)?;
+                    Ok(file)
+                })
+                .await?;
             }
             Kind::SnapshotEnd => {
-                tokio::io::AsyncWriteExt::flush(&mut file).await?;
-                return Ok(SnapshotData::Spool(file.into_std().await));
+                return Ok(SnapshotData::Spool(file));
             }
             other => {
                 let text = format!("{other:?} within a snapshot");
