@@ -31,3 +31,4 @@ pub mod scheduler;
 pub mod state;
 pub mod upkeep;
 pub mod vm_metrics;
+pub mod watch;

@@ -11,13 +11,13 @@ use axum::response::{IntoResponse, Response};
 use blixard_api::REVISION_HEADER;
 use blixard_api::watch::{Change as Told, Event};
 use futures::stream;
-use tokio::sync::watch::Receiver;
 
 use super::Shared;
 use super::error::Failure;
 use super::query::Parameters;
 use super::view::view;
 use crate::raft::replica::{Change, Changed, Compacted};
+use crate::watch::Receiver;
 
 /// Time after which a quiet connection gets a sign of life: below the 15 s that are promised.
 const BEAT: Duration = Duration::from_secs(10);

@@ -7,10 +7,10 @@
 use std::net::IpAddr;
 
 use blixard_agent_api::HostPlan;
-use tokio::sync::watch;
 
 use super::plan::plan_for;
 use crate::raft::Consensus;
+use crate::watch;
 
 /// The stream of one node's plan.
 pub trait PlanFeed: Send {

@@ -5,9 +5,9 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use crate::watch;
 use blixard_agent_api::{HostPlan, HostReport, VmReport};
 use blixard_api::VmId;
-use tokio::sync::watch;
 
 /// Whether the agent answers.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -5,10 +5,10 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use blixard_api::VmId;
-use tokio::sync::watch;
 
 use crate::clock::Clock;
 use crate::state::{State, VmRecord};
+use crate::watch;
 
 /// Changes of VMs that are remembered for watchers that come back.
 pub const HISTORY_MAX: usize = 8192;

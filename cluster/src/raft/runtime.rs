@@ -1,14 +1,18 @@
-//! The runtime that openraft runs in: tokio, with random numbers that can be determined. openraft draws the times of its elections
-//! by [`AsyncRuntime::thread_rng`]; they are the only chance in it. In a simulation they follow from a seed.
+//! The runtime that openraft runs in: tokio, but for what happens by chance. openraft draws the times of its elections by
+//! [`AsyncRuntime::thread_rng`]; in a simulation they follow from a seed. Who waits for a value is woken in order ([`watch`]).
 
 use std::cell::Cell;
 use std::future::Future;
+use std::sync::RwLockReadGuard;
 use std::time::Duration;
 
+use openraft::async_runtime::watch::{RecvError, SendError, Watch, WatchReceiver, WatchSender};
 use openraft::impls::TokioRuntime as Tokio;
-use openraft::{AsyncRuntime, OptionalSend};
+use openraft::{AsyncRuntime, OptionalSend, OptionalSync};
 use rand::SeedableRng;
 use rand::rngs::SmallRng;
+
+use crate::watch;
 
 thread_local! {
     /// The seed of the next generator, where all are determined.
@@ -31,7 +35,62 @@ fn generator() -> SmallRng {
     }
 }
 
-/// Tokio, but for [`AsyncRuntime::thread_rng`].
+/// [`watch`] in the words of openraft.
+#[derive(Debug)]
+pub struct Watched;
+
+impl Watch for Watched {
+    type Sender<T: OptionalSend + OptionalSync> = watch::Sender<T>;
+    type Receiver<T: OptionalSend + OptionalSync> = watch::Receiver<T>;
+    type Ref<'a, T: OptionalSend + 'a> = RwLockReadGuard<'a, T>;
+
+    fn channel<T: OptionalSend + OptionalSync>(init: T) -> (watch::Sender<T>, watch::Receiver<T>) {
+        let sender = watch::Sender::new(init);
+        let receiver = sender.subscribe();
+        (sender, receiver)
+    }
+}
+
+impl<T: OptionalSend + OptionalSync> WatchSender<Watched, T> for watch::Sender<T> {
+    fn send(&self, value: T) -> Result<(), SendError<T>> {
+        if !self.has_receivers() {
+            return Err(SendError(value));
+        }
+        self.send_replace(value);
+        Ok(())
+    }
+
+    fn send_if_modified<F>(&self, modify: F) -> bool
+    where
+        F: FnOnce(&mut T) -> bool,
+    {
+        self.send_if_modified(modify)
+    }
+
+    fn borrow_watched(&self) -> RwLockReadGuard<'_, T> {
+        self.borrow()
+    }
+
+    fn subscribe(&self) -> watch::Receiver<T> {
+        self.subscribe()
+    }
+}
+
+impl<T: OptionalSend + OptionalSync> WatchReceiver<Watched, T> for watch::Receiver<T> {
+    async fn changed(&mut self) -> Result<(), RecvError> {
+        self.changed().await.map_err(|_| RecvError(()))
+    }
+
+    fn borrow_watched(&self) -> RwLockReadGuard<'_, T> {
+        self.borrow()
+    }
+
+    fn borrow_and_update(&mut self) -> RwLockReadGuard<'_, T> {
+        self.borrow_and_update()
+    }
+}
+
+/// Tokio, but for watches and [`AsyncRuntime::thread_rng`].
 #[derive(Debug)]
 pub struct Runtime(Tokio);
 
@@ -44,7 +103,7 @@ impl AsyncRuntime for Runtime {
     type Timeout<R, T: Future<Output = R> + OptionalSend> = <Tokio as AsyncRuntime>::Timeout<R, T>;
     type ThreadLocalRng = SmallRng;
     type Mpsc = <Tokio as AsyncRuntime>::Mpsc;
-    type Watch = <Tokio as AsyncRuntime>::Watch;
+    type Watch = Watched;
     type Oneshot = <Tokio as AsyncRuntime>::Oneshot;
     type Mutex<T: OptionalSend + 'static> = <Tokio as AsyncRuntime>::Mutex<T>;
 
