@@ -38,7 +38,10 @@ fn the_same_seed_is_the_same_run() {
 fn whatever_fails_nothing_acknowledged_is_lost_no_vm_runs_twice_and_all_comes_to_rest() {
     for seed in 1000..1030 {
         let outcome = simulate(seed);
-        assert_eq!(outcome.wrong, None, "seed {seed}: simulate --seed {seed} --print shows how it came about");
+        assert_eq!(
+            outcome.wrong, None,
+            "seed {seed}: simulate --seed {seed} --print shows how it came about"
+        );
         assert!(outcome.answered > 0, "seed {seed}: nobody was answered");
     }
 }
