@@ -152,6 +152,8 @@ impl World {
         let started = Node::start(&place.machine, run, founder, &self.folder);
         match tokio::time::timeout(START_MAX, started).await {
             Ok(Ok(started)) => {
+                let (numbers, voters) = (started.consensus.numbers(), started.consensus.electorate());
+                self.trace.note(format_args!("{node} runs: {numbers:?}, {voters:?}"));
                 self.running.map().insert(node, (started.consensus.clone(), started.stop.clone()));
                 place.node = Some(started);
             }

@@ -146,6 +146,9 @@ fn settings(snapshot_after: u64) -> Config {
         election_timeout_min: 250,
         election_timeout_max: 350,
         enable_pre_vote: Some(true),
+        // A leader that comes back is elected anew. Its term would go on otherwise with what its disk kept: it does not know
+        // what was agreed, and answers reads without it; and it may have lost entries that the others flushed before it did.
+        enable_leader_restore: Some(false),
         max_payload_entries: 1024,
         snapshot_policy: SnapshotPolicy::LogsSinceLast(snapshot_after),
         max_in_snapshot_log_to_keep: snapshot_after,
