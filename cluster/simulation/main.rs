@@ -41,6 +41,9 @@ struct Options {
     /// Print what happens.
     #[arg(long)]
     print: bool,
+    /// Print what the nodes log, too: a filter as in BLIXARD_LOG.
+    #[arg(long)]
+    log: Option<String>,
 }
 
 fn range(text: &str) -> anyhow::Result<std::ops::Range<u64>> {
@@ -50,6 +53,10 @@ fn range(text: &str) -> anyhow::Result<std::ops::Range<u64>> {
 
 fn main() -> anyhow::Result<()> {
     let options = Options::parse();
+    if let Some(filter) = &options.log {
+        let filter = tracing_subscriber::EnvFilter::new(filter);
+        tracing_subscriber::fmt().with_env_filter(filter).without_time().with_writer(std::io::stderr).init();
+    }
     let seeds = match options.seed {
         Some(seed) => seed..seed + 1,
         None => range(&options.seeds)?,

@@ -1,6 +1,6 @@
 //! The control plane in simulation: some seeds each time, those that once found a mistake, and that a seed is the same run each time.
-
 #![allow(clippy::unwrap_used)]
+
 mod census;
 mod checks;
 mod clients;
@@ -36,12 +36,29 @@ fn the_same_seed_is_the_same_run() {
 
 #[test]
 fn whatever_fails_nothing_acknowledged_is_lost_no_vm_runs_twice_and_all_comes_to_rest() {
-    for seed in 1000..1030 {
+    for seed in 1000..1020 {
         let outcome = simulate(seed);
         assert_eq!(
             outcome.wrong, None,
             "seed {seed}: simulate --seed {seed} --print shows how it came about"
         );
         assert!(outcome.answered > 0, "seed {seed}: nobody was answered");
+    }
+}
+
+/// Seeds that found a mistake, with what it was. The mistake is mended; the run has changed with the program since.
+const FOUND: [(u64, &str); 3] = [
+    (12, "a leader that was restarted led on in its term and answered reads without what was agreed"),
+    (
+        2,
+        "a leader whose applied state did not know the address of a voter never reached it, and tried without a pause",
+    ),
+    (119, "the same, on another way"),
+];
+
+#[test]
+fn what_seeds_have_found_is_mended() {
+    for (seed, mistake) in FOUND {
+        assert_eq!(simulate(seed).wrong, None, "seed {seed} once found: {mistake}");
     }
 }

@@ -5,6 +5,7 @@
 //! stopped.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use openraft::type_config::async_runtime::watch::WatchReceiver;
@@ -31,6 +32,9 @@ pub enum Step {
     Vote(BTreeSet<NodeId>),
     /// These leave.
     Remove(BTreeSet<NodeId>),
+    /// This node is reached here. A leader that has just started knows it only from what the log says of the members: the
+    /// state, which says it too, may not be applied so far before others have been reached.
+    Address(NodeId, SocketAddr),
 }
 
 /// Members as they are.
@@ -42,6 +46,8 @@ pub struct Members {
     pub all: BTreeSet<NodeId>,
     /// Learners and voters that lack few entries.
     pub caught_up: BTreeSet<NodeId>,
+    /// Where they are reached.
+    pub addresses: BTreeMap<NodeId, String>,
 }
 
 /// Pure: the next step, if one is needed.
@@ -58,7 +64,14 @@ pub fn next_step(state: &State, members: &Members) -> Option<Step> {
     }
     let gone: BTreeSet<NodeId> =
         members.all.iter().filter(|node| !nodes.contains_key(node)).copied().collect();
-    (!gone.is_empty()).then_some(Step::Remove(gone))
+    if !gone.is_empty() {
+        return Some(Step::Remove(gone));
+    }
+    let moved = nodes.values().filter_map(|node| Some((node.id, node.address?)));
+    let known = |(node, address): &(NodeId, SocketAddr)| {
+        members.addresses.get(node).is_none_or(|known| *known == address.to_string())
+    };
+    moved.filter(|moved| !known(moved)).map(|(node, address)| Step::Address(node, address)).next()
 }
 
 /// An odd number of voters, at most five, spread over zones and then racks. Voters stay voters unless there is a reason: one
@@ -99,6 +112,7 @@ fn members(metrics: &RaftMetrics<Types>) -> Members {
         voters: membership.voter_ids().collect(),
         all: membership.nodes().map(|(node, _)| *node).collect(),
         caught_up: caught_up.chain([metrics.id]).collect(),
+        addresses: membership.nodes().map(|(id, node)| (*id, node.addr.clone())).collect(),
     }
 }
 
@@ -133,6 +147,10 @@ impl Consensus {
                 }
                 Step::Vote(voters) => {
                     self.raft.change_membership(ChangeMembers::ReplaceAllVoters(voters), true).await.map(drop)
+                }
+                Step::Address(node, address) => {
+                    let moved = BTreeMap::from([(node, BasicNode { addr: address.to_string() })]);
+                    self.raft.change_membership(ChangeMembers::SetNodes(moved), false).await.map(drop)
                 }
                 Step::Remove(nodes) => {
                     self.raft.change_membership(ChangeMembers::RemoveNodes(nodes), false).await.map(drop)
@@ -212,7 +230,7 @@ mod tests {
 
     fn members(voters: &[NodeId], all: &[NodeId], caught_up: &[NodeId]) -> Members {
         let set = |ids: &[NodeId]| ids.iter().copied().collect();
-        Members { voters: set(voters), all: set(all), caught_up: set(caught_up) }
+        Members { voters: set(voters), all: set(all), caught_up: set(caught_up), ..Members::default() }
     }
 
     #[test]
@@ -237,6 +255,21 @@ mod tests {
         let step = next_step(&state, &members(&[1, 2, 3], &all, &all));
         assert_eq!(step, Some(Step::Vote([1, 2, 4, 5, 6].into())));
         assert_eq!(next_step(&state, &members(&[1, 2, 4, 5, 6], &all, &all)), None, "and stay there");
+    }
+
+    #[test]
+    fn a_node_is_entered_where_it_says_that_it_is() {
+        let mut state = state(&["a"]);
+        let mut facts = state.node(1).unwrap().facts();
+        facts.address = Some("10.0.0.1:7000".parse().unwrap());
+        let command = MemberCommand::Announce { node: 1, facts: Box::new(facts) };
+        let command = Command::Member(Box::new(command));
+        state.apply(99, &crate::state::Proposal { now_ms: 1, key: None, command }).unwrap();
+        let mut present = members(&[1], &[1], &[1]);
+        present.addresses.insert(1, "localhost".into());
+        assert_eq!(next_step(&state, &present), Some(Step::Address(1, "10.0.0.1:7000".parse().unwrap())));
+        present.addresses.insert(1, "10.0.0.1:7000".into());
+        assert_eq!(next_step(&state, &present), None);
     }
 
     #[test]

@@ -18,14 +18,12 @@ use serde::de::DeserializeOwned;
 
 use super::Peers;
 use super::call::Question;
-use super::lane::Lane;
+use super::lane::{Lane, RETRY};
 use super::snapshot::{self, Begin, Installed};
 use crate::raft::state_store::SnapshotData;
 use crate::raft::types::{Types, Vote};
 use crate::state::NodeId;
 
-/// Pause before a member that could not be reached is tried again: it may be back within an election timeout.
-const RETRY: Duration = Duration::from_millis(100);
 /// Longest wait for an answer to a question of openraft: an answer that comes later is of no use to an election.
 const ANSWER_MAX: Duration = Duration::from_secs(2);
 

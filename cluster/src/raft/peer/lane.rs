@@ -21,6 +21,8 @@ use crate::state::NodeId;
 
 /// Most requests under way.
 const WINDOW: u64 = 64;
+/// Pause before a member that could not be reached is tried again: it may be back within an election timeout.
+pub(super) const RETRY: Duration = Duration::from_millis(100);
 /// Longest wait for the answer to the oldest request. A member whose disk hangs for longer is as good as cut off.
 const ANSWER_MAX: Duration = Duration::from_secs(5);
 /// Frames that are collected before they are written.
@@ -68,7 +70,14 @@ impl Lane {
         });
         let connected = connecting.await;
         self.connecting = None;
-        let stream = connected.map_err(io::Error::other)??;
+        let stream = match connected.map_err(io::Error::other).flatten() {
+            Ok(stream) => stream,
+            Err(error) => {
+                // openraft pauses when it is asked for the first request, and none is asked for without a connection.
+                tokio::time::sleep(RETRY).await;
+                return Err(error);
+            }
+        };
         let (mut reader, mut writer) = tokio::io::split(stream);
         let (frames, mut queue) = mpsc::channel::<Vec<u8>>(64);
         // Bounded by the requests: one answer for each.
