@@ -98,6 +98,8 @@ impl File {
 struct Inner {
     files: BTreeMap<String, File>,
     mood: Mood,
+    /// It refused something since the process began that uses it.
+    refused: bool,
     dice: Dice,
 }
 
@@ -108,7 +110,7 @@ pub struct Disk(Arc<Mutex<Inner>>);
 impl Disk {
     /// An empty disk.
     pub fn new(dice: Dice) -> Self {
-        Self(Arc::new(Mutex::new(Inner { files: BTreeMap::new(), mood: Mood::Good, dice })))
+        Self(Arc::new(Mutex::new(Inner { files: BTreeMap::new(), mood: Mood::Good, refused: false, dice })))
     }
 
     fn inner(&self) -> MutexGuard<'_, Inner> {
@@ -120,9 +122,9 @@ impl Disk {
         self.inner().mood = mood;
     }
 
-    /// How it behaves.
-    pub fn mood(&self) -> Mood {
-        self.inner().mood
+    /// Whether it refused something since the process began that uses it.
+    pub fn has_refused(&self) -> bool {
+        self.inner().refused
     }
 
     /// The power fails.
@@ -133,6 +135,7 @@ impl Disk {
 
     /// The disk for one process, which can use it for as long as `alive`.
     pub fn mount(&self, name: String, alive: Arc<AtomicBool>, trace: Trace) -> Mounted {
+        self.inner().refused = false;
         Mounted { disk: self.clone(), alive, name, trace }
     }
 }
@@ -190,7 +193,9 @@ impl OpenFile {
             return Err(io::Error::other("the process that opened the file is dead"));
         }
         let inner = &mut *self.mounted.disk.inner();
-        work(inner.files.entry(self.name.clone()).or_default(), inner.mood)
+        let result = work(inner.files.entry(self.name.clone()).or_default(), inner.mood);
+        inner.refused |= result.is_err() && matches!(inner.mood, Mood::Full | Mood::Broken);
+        result
     }
 
     fn change(&self, changed: Change) -> io::Result<()> {

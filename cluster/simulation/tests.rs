@@ -47,13 +47,18 @@ fn whatever_fails_nothing_acknowledged_is_lost_no_vm_runs_twice_and_all_comes_to
 }
 
 /// Seeds that found a mistake, with what it was. The mistake is mended; the run has changed with the program since.
-const FOUND: [(u64, &str); 3] = [
+const FOUND: [(u64, &str); 5] = [
     (12, "a leader that was restarted led on in its term and answered reads without what was agreed"),
     (
         2,
         "a leader whose applied state did not know the address of a voter never reached it, and tried without a pause",
     ),
     (119, "the same, on another way"),
+    (
+        307,
+        "a node whose state was from before it was one of several told its agent that there are no leases: a VM ran twice",
+    ),
+    (371, "the same, with a disk that had failed"),
 ];
 
 #[test]

@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 use crate::census::Census;
 use crate::clock::HostClock;
 use crate::dice::Dice;
-use crate::disk::{Disk, Mood};
+use crate::disk::Disk;
 use crate::host::Host;
 use crate::network::Network;
 use crate::node::{Machine, Node};
@@ -157,7 +157,7 @@ impl World {
                 self.running.map().insert(node, (started.consensus.clone(), started.stop.clone()));
                 place.node = Some(started);
             }
-            Ok(Err(error)) if matches!(place.machine.disk.mood(), Mood::Full | Mood::Broken) => {
+            Ok(Err(error)) if place.machine.disk.has_refused() => {
                 self.trace.note(format_args!("{node} cannot start: {error}"));
                 place.again = Some(Instant::now() + Duration::from_secs(1));
             }
@@ -192,7 +192,7 @@ impl World {
             if let Some(reason) = running.consensus.stopped().now_or_never() {
                 ended.push(*node);
                 self.trace.note(format_args!("{node} stops: {reason}"));
-                if !matches!(place.machine.disk.mood(), Mood::Full | Mood::Broken) {
+                if !place.machine.disk.has_refused() {
                     self.trace.wrong(format_args!("consensus of {node} stops for no reason: {reason}"));
                 }
             }

@@ -20,6 +20,8 @@ use crate::state::{Command, Proposal, State};
 
 /// Between two looks: a small part of a lease.
 const LOOK: Duration = Duration::from_millis(100);
+/// Longest wait for what a majority knows, before the agent is told that there are no leases.
+const KNOW_MAX: Duration = Duration::from_secs(1);
 /// Most leases that wait for a plan to arrive.
 const WAITING_MAX: usize = 64;
 
@@ -109,6 +111,8 @@ impl Renewer {
             mode(&state, node, seen.report.leased)
         };
         match mode {
+            // The state of a node that has just started may be from before it was one of several.
+            Mode::Unrecord | Mode::End if !self.is_still(&mode, seen.report.leased).await => {}
             Mode::Leases(record) => {
                 if let Some((until_ms, generation)) = passing.next(seen.report.generation.0)
                     && until_ms > self.consensus.clock().boottime_ms()
@@ -123,6 +127,13 @@ impl Renewer {
             Mode::End => self.renew(None, seen.report.generation.0).await,
             Mode::Nothing => {}
         }
+    }
+
+    /// Whether this is so by what a majority knows, too.
+    async fn is_still(&self, so: &Mode, enforced: bool) -> bool {
+        let known = tokio::time::timeout(KNOW_MAX, self.consensus.linearize()).await;
+        let state = self.consensus.replica().state();
+        matches!(known, Ok(Ok(()))) && mode(&state, self.consensus.node(), enforced) == *so
     }
 
     async fn renew(&self, until_ms: Option<u64>, generation: u64) {
