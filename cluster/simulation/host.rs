@@ -168,10 +168,18 @@ impl Host {
         let mut table = self.table();
         table.powered = false;
         table.agent_runs = false;
-        let running: Vec<VmId> = table.vms.keys().copied().collect();
-        table.vms.clear();
+        let known: Vec<VmId> = table.vms.keys().copied().collect();
+        // What was begun is durable: no start runs twice.
+        for vm in table.vms.values_mut() {
+            if vm.process || matches!(vm.work, Work::Starting(_)) {
+                vm.report.phase = Phase::Failed;
+                vm.report.exit = Some(ExitReason::Killed);
+                vm.report.guest_ready = false;
+            }
+            (vm.process, vm.frozen, vm.work) = (false, false, Work::None);
+        }
         drop(table);
-        running.into_iter().for_each(|vm| self.census.ended(vm, self.node));
+        known.into_iter().for_each(|vm| self.census.ended(vm, self.node));
         self.changed.send_modify(|revision| *revision += 1);
     }
 
