@@ -8,6 +8,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use blixard_vmm_api::guest::WorkloadExit;
+use nix::sys::signal::{self, SigHandler, Signal};
 use nix::unistd::{Gid, Uid};
 
 /// Blocks until some child has ended and leaves it to be reaped.
@@ -139,10 +140,15 @@ pub fn accept(listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {
 }
 
 /// Makes the child of `command` the leader of a new session, with its standard input as controlling terminal if
-/// `terminal`, and gives up root for this user after that.
+/// `terminal`, and gives up root for this user after that. Signals do to it what they do by default: one that is ignored stays
+/// so over fork and exec otherwise, and Ctrl-C would do nothing.
 pub fn begin_session_as(command: &mut Command, terminal: bool, uid: Uid, gid: Gid, groups: Vec<Gid>) {
     let steps = move || {
         nix::unistd::setsid()?;
+        for signal in Signal::iterator().filter(|s| !matches!(s, Signal::SIGKILL | Signal::SIGSTOP)) {
+            // SAFETY: the default action runs no code of this process.
+            unsafe { signal::signal(signal, SigHandler::SigDfl) }?;
+        }
         if terminal {
             // SAFETY: TIOCSCTTY takes an integer argument; descriptor 0 is the child's standard input.
             let result = unsafe { libc::ioctl(0, libc::TIOCSCTTY, 0) };
@@ -158,7 +164,7 @@ pub fn begin_session_as(command: &mut Command, terminal: bool, uid: Uid, gid: Gi
         }
         Ok(())
     };
-    // SAFETY: between fork and exec the closure makes system calls only (setsid, ioctl, geteuid, setgroups, setgid,
+    // SAFETY: between fork and exec the closure makes system calls only (setsid, sigaction, ioctl, geteuid, setgroups, setgid,
     // setuid): it takes no lock and allocates nothing. `groups` was allocated before the fork and is only read.
     unsafe { command.pre_exec(steps) };
 }

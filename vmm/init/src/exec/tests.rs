@@ -236,6 +236,15 @@ fn control_c_typed_on_a_terminal_interrupts() {
 }
 
 #[test]
+fn a_command_takes_signals_that_its_executor_ignores() {
+    use nix::sys::signal::{SigHandler, Signal, signal};
+    // SAFETY: nothing else in this process uses the signal.
+    unsafe { signal(Signal::SIGUSR2, SigHandler::SigIgn) }.unwrap();
+    let mut host = begin(&["sh", "-c", "kill -s USR2 $$; echo ignored"], None, false);
+    assert_eq!(host.finish().last, Frame::Exit(WorkloadExit::Signal(12)));
+}
+
+#[test]
 fn the_end_of_input_on_a_terminal_is_typed() {
     let mut host = begin(&["cat"], Some((80, 24)), true);
     host.send(&Frame::Stdin(b"line\n".to_vec()));
