@@ -14,8 +14,8 @@
 //! watched.
 //!
 //! A card has as many pairs of queues as its tap has queues; the driver says over the control queue how many it uses, the
-//! first one at the beginning ([`super::net_control`]). With a descriptor of vhost-net per pair the kernel serves the pairs
-//! instead of us ([`super::net_kernel`]).
+//! first one at the beginning (`net_control.rs`). With a descriptor of vhost-net per pair the kernel serves the pairs
+//! instead of us (`net_kernel.rs`).
 
 use std::sync::Arc;
 
