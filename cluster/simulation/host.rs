@@ -90,26 +90,6 @@ pub struct Host {
     trace: Trace,
 }
 
-fn report(plan: &VmPlan) -> VmReport {
-    VmReport {
-        vm: plan.vm,
-        epoch: plan.epoch,
-        start: Start(0),
-        phase: Phase::Pending,
-        reason: None,
-        guest_ready: false,
-        vmm_pid: None,
-        started_at_ms: None,
-        ended_at_ms: None,
-        exit: None,
-        workload: None,
-        boot: blixard_vmm_api::control::BootTimes::default(),
-        steps: Vec::new(),
-        memory_bytes: None,
-        refused: false,
-    }
-}
-
 impl Host {
     /// A host with an agent that knows nothing yet.
     pub fn new(
@@ -233,7 +213,7 @@ impl Host {
             table.plan.vms.iter().map(|plan| (plan.vm, plan.clone())).collect();
         for plan in &table.plan.vms {
             table.vms.entry(plan.vm).or_insert_with(|| Vm {
-                report: report(plan),
+                report: VmReport::pending(plan.vm, plan.epoch),
                 freezes: plan.on_lease_end == OnLeaseEnd::Freeze,
                 process: false,
                 frozen: false,
@@ -339,7 +319,7 @@ impl Host {
                     start: plan.start,
                     phase: Phase::Starting,
                     started_at_ms: Some(1),
-                    ..report(plan)
+                    ..VmReport::pending(plan.vm, plan.epoch)
                 };
                 vm.work = Work::Starting(now + dice.millis(20..=400));
             }

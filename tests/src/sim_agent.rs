@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use blixard_agent_api::report::Capacity;
 use blixard_agent_api::request::FindingState;
 use blixard_agent_api::{
-    BlobRef, Finding, HostPlan, HostReport, Phase, Problem, ProblemKind, Reply, Request, Run, Start, VmPlan,
+    BlobRef, Finding, HostPlan, HostReport, Phase, Problem, ProblemKind, Reply, Request, Run, VmPlan,
     VmReport,
 };
 use blixard_ipc::{Connection, IpcError, Listener, MESSAGE_BYTES_MAX};
@@ -105,7 +105,7 @@ impl World {
     fn settle(&mut self) {
         let missing = self.missing();
         for plan in &self.plan.vms {
-            let vm = self.vms.entry(plan.vm).or_insert_with(|| known(plan));
+            let vm = self.vms.entry(plan.vm).or_insert_with(|| VmReport::pending(plan.vm, plan.epoch));
             vm.epoch = plan.epoch;
             if self.manner == Manner::Manual {
                 continue;
@@ -135,26 +135,6 @@ impl World {
     }
 }
 
-fn known(plan: &VmPlan) -> VmReport {
-    VmReport {
-        vm: plan.vm,
-        epoch: plan.epoch,
-        start: Start(0),
-        phase: Phase::Pending,
-        reason: None,
-        guest_ready: false,
-        vmm_pid: None,
-        started_at_ms: None,
-        ended_at_ms: None,
-        exit: None,
-        workload: None,
-        boot: blixard_vmm_api::control::BootTimes::default(),
-        steps: Vec::new(),
-        memory_bytes: None,
-        refused: false,
-    }
-}
-
 fn running(plan: &VmPlan) -> VmReport {
     VmReport {
         start: plan.start,
@@ -163,7 +143,7 @@ fn running(plan: &VmPlan) -> VmReport {
         vmm_pid: Some(1),
         started_at_ms: Some(1_795_000_000_000),
         memory_bytes: Some(64 << 20),
-        ..known(plan)
+        ..VmReport::pending(plan.vm, plan.epoch)
     }
 }
 

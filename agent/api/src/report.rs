@@ -92,6 +92,29 @@ pub struct VmReport {
     pub refused: bool,
 }
 
+impl VmReport {
+    /// A VM in this placement of which nothing has begun.
+    pub fn pending(vm: VmId, epoch: Epoch) -> Self {
+        Self {
+            vm,
+            epoch,
+            start: Start(0),
+            phase: Phase::Pending,
+            reason: None,
+            guest_ready: false,
+            vmm_pid: None,
+            started_at_ms: None,
+            ended_at_ms: None,
+            exit: None,
+            workload: None,
+            boot: BootTimes::default(),
+            steps: Vec::new(),
+            memory_bytes: None,
+            refused: false,
+        }
+    }
+}
+
 /// Where a VM is in its life, as far as one host knows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

@@ -1,28 +1,17 @@
 //! What of a report is worth replicating.
 
 use blixard_agent_api::{Epoch, Generation, Start};
-use blixard_vmm_api::control::BootTimes;
 
 use super::*;
 use crate::state::testing::{Cluster, create, id};
 
 fn told(number: u128, start: u64, phase: AgentPhase) -> VmReport {
     VmReport {
-        vm: id(number),
-        epoch: Epoch(1),
         start: Start(start),
         phase,
-        reason: None,
         guest_ready: phase == AgentPhase::Running,
-        vmm_pid: None,
-        started_at_ms: None,
-        ended_at_ms: None,
-        exit: None,
-        workload: None,
-        boot: BootTimes::default(),
-        steps: vec![],
         memory_bytes: Some(1),
-        refused: false,
+        ..VmReport::pending(id(number), Epoch(1))
     }
 }
 
