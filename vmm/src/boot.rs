@@ -116,7 +116,7 @@ pub fn load(
     kernel: &File,
     initramfs: Option<&File>,
 ) -> Result<(Entry, Images), BootError> {
-    let mut images = Images::default();
+    let mut images = Images::new(config.memory.merge);
     let kernel = load_kernel(guest, &mut images, kernel)?;
     let initramfs = load_initramfs(guest, &mut images, &kernel, initramfs, config.guest.as_ref())?;
     write_structures(guest, config, &kernel, initramfs).map_err(BootError::Structures)?;

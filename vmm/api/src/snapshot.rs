@@ -89,7 +89,8 @@ pub struct MemoryConfig {
     /// The kernel may use transparent huge pages, also where it gives them only to those who ask.
     #[serde(default)]
     pub transparent_huge_pages: bool,
-    /// The kernel may merge equal pages of VMs (KSM). VMs that share pages can find that out by timing.
+    /// VMs share equal pages: the host may merge them (KSM), and kernel and initramfs are mapped from their files rather than read,
+    /// which costs huge pages and a fast start. VMs that share pages can find that out by timing.
     #[serde(default)]
     pub merge: bool,
     /// Note which pages are written, so that snapshots after the first may be diffs. Costs a fault per page and interval.

@@ -24,7 +24,7 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use super::dirty::PAGE;
 use super::pages::{Extent, Pages};
 use super::{MemoryError, advise, memory_file, sparse};
-use crate::image::{Images, SettleError};
+use crate::image::Images;
 use crate::kvm::{KvmError, Vm};
 use crate::snapshot::Id;
 use crate::virtio::device::GuestMemory;
@@ -59,9 +59,6 @@ pub enum RamError {
     /// There is no file for it.
     #[error(transparent)]
     File(#[from] MemoryError),
-    /// Kernel and initramfs cannot be copied into it.
-    #[error(transparent)]
-    Images(#[from] SettleError),
 }
 
 /// A frozen file that memory is based on.
@@ -249,7 +246,6 @@ impl Ram {
         }
         let (memory, bytes) = if let Origin::Own(file) = &self.origin {
             let file = file.clone();
-            self.images.settle(&self.memory)?;
             self.map_frozen(&file, 0, u64::MAX)?;
             (file, 0)
         } else {
