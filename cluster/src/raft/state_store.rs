@@ -1,16 +1,17 @@
-//! The replicated state on disk: one redb record per state record, written in the transaction of the batch of entries that
-//! changed it, together with how far the log was applied.
+//! The replicated state on disk: one redb record per state record, together with how far the log was applied.
 //!
-//! A batch is not flushed: its entries are durable in the log and are applied again after a crash. Every second or so,
-//! and before a snapshot is announced (which lets the log be cut), everything up to then is flushed. So a crash costs at
-//! most the repetition of some commands, and applying is deterministic.
+//! Applying changes the state in memory and answers; which records changed is noted. Every second or so, and before a snapshot
+//! is announced (which lets the log be cut), these records are written in one transaction and flushed: a record that changed
+//! ten times is written once. Until then the entries are durable in the log and are applied again after a crash. So a crash
+//! costs at most the repetition of some commands, and applying is deterministic.
 //!
 //! A snapshot is no copy: it is a read transaction, a view of the records at one instant.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{self, BufReader, Read, Seek};
 use std::ops::Bound;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures::{Stream, StreamExt};
@@ -38,9 +39,9 @@ const SCHEMA: &str = "schema";
 const SCHEMA_VERSION: u32 = 1;
 /// Page cache of the state file in bytes. All records are in memory anyway, so it holds the pages that are written next.
 const CACHE_BYTES: usize = 24 << 20;
-/// Longest time that applied batches stay unflushed while more arrive.
-const FLUSH_EVERY: Duration = Duration::from_secs(1);
-/// Most entries that are applied in one transaction: bounds how long readers wait.
+/// Longest time that changes stay unwritten while more arrive.
+const WRITE_EVERY: Duration = Duration::from_secs(1);
+/// Most entries that are applied in one go: bounds how long readers wait.
 const BATCH_MAX: usize = 512;
 
 /// Why the state cannot be opened.
@@ -62,11 +63,25 @@ pub enum StateError {
 
 /// The state machine that openraft drives.
 pub struct StateStore {
+    shared: Arc<Shared>,
+}
+
+/// What applying and making snapshots share. Locks are taken in this order: `writing`, `pending`, the replica's state.
+struct Shared {
     db: Arc<Db>,
     replica: Arc<Replica>,
+    pending: Mutex<Pending>,
+    /// Held from taking what is pending until it is in the database, so that it gets there in order.
+    writing: Mutex<()>,
+}
+
+/// What is in the replica and not yet in the database.
+struct Pending {
     applied: Option<LogId>,
     membership: StoredMembership,
-    flushed_at: Instant,
+    records: BTreeSet<RecordKey>,
+    /// When records were last written.
+    written: Instant,
 }
 
 /// The content of a snapshot.
@@ -216,32 +231,40 @@ impl StateStore {
         }
         let replica = Arc::new(Replica::new(state, clock));
         let (db, closed) = Db::new(db);
-        Ok((Self { db, replica, applied, membership, flushed_at: Instant::now() }, closed))
+        let pending = Pending { applied, membership, records: BTreeSet::new(), written: Instant::now() };
+        let shared = Shared { db, replica, pending: Mutex::new(pending), writing: Mutex::new(()) };
+        Ok((Self { shared: Arc::new(shared) }, closed))
     }
 
     /// The state as the rest of the process sees it.
     pub fn replica(&self) -> Arc<Replica> {
-        Arc::clone(&self.replica)
+        Arc::clone(&self.shared.replica)
+    }
+}
+
+impl Shared {
+    fn pending(&self) -> MutexGuard<'_, Pending> {
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Applies a batch to the state in memory and writes the changed records.
-    fn apply_batch(&mut self, batch: Vec<EntryResponder<Types>>) -> io::Result<()> {
+    /// Applies a batch to the state in memory, answers, and writes when it is time.
+    fn apply(&self, batch: Vec<EntryResponder<Types>>) -> io::Result<()> {
         let mut answers = Vec::with_capacity(batch.len());
         let mut changes = Vec::new();
-        let mut records: Vec<(RecordKey, Option<Vec<u8>>)> = Vec::new();
+        let mut pending = self.pending();
         {
             let mut state = self.replica.state_mut();
-            let mut keys = state.take_changed();
+            pending.records.extend(state.take_changed());
             for (entry, responder) in batch {
                 let index = entry.log_id.index;
-                self.applied = Some(entry.log_id);
+                pending.applied = Some(entry.log_id);
                 let applied = match entry.payload {
                     EntryPayload::Blank => {
                         state.advance(index);
                         Applied::Nothing
                     }
                     EntryPayload::Membership(members) => {
-                        self.membership = StoredMembership::new(Some(entry.log_id), members);
+                        pending.membership = StoredMembership::new(Some(entry.log_id), members);
                         state.advance(index);
                         Applied::Nothing
                     }
@@ -253,7 +276,7 @@ impl StateStore {
                             _ => None,
                         };
                         let outcome = state.apply(index, &proposal);
-                        let mut changed = state.take_changed();
+                        let changed = state.take_changed();
                         for key in &changed {
                             let RecordKey::Vm(id) = key else { continue };
                             let what = match (state.vm(*id), &leaving) {
@@ -263,41 +286,55 @@ impl StateStore {
                             };
                             changes.push(Change { revision: index, what });
                         }
-                        keys.append(&mut changed);
+                        pending.records.extend(changed);
                         Applied::Command(Box::new(outcome))
                     }
                 };
                 answers.push((responder, applied));
             }
-            for key in keys {
-                let value = state.record(&key).map_err(record_error)?;
-                records.push((key, value));
-            }
         }
-        let flush = self.flushed_at.elapsed() >= FLUSH_EVERY;
-        self.write(&records, flush)?;
-        if flush {
-            self.flushed_at = Instant::now();
-        }
-        self.replica.publish(self.applied.map_or(0, |id| id.index), changes);
+        let (revision, due) =
+            (pending.applied.map_or(0, |id| id.index), pending.written.elapsed() >= WRITE_EVERY);
+        drop(pending);
+        self.replica.publish(revision, changes);
         for (responder, applied) in answers {
             if let Some(responder) = responder {
                 responder.send(applied);
             }
         }
-        Ok(())
+        // A snapshot that is being made writes what is pending, so there is nothing to wait for.
+        match self.writing.try_lock() {
+            Ok(writing) if due => self.write(&writing, false),
+            _ => Ok(()),
+        }
     }
 
-    fn write(&self, records: &[(RecordKey, Option<Vec<u8>>)], flush: bool) -> io::Result<()> {
-        let (applied, membership) = (json(&self.applied)?, json(&self.membership)?);
+    fn writing(&self) -> MutexGuard<'_, ()> {
+        self.writing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Writes what is pending and flushes it; `mark` says that a snapshot exists.
+    fn write(&self, _writing: &MutexGuard<'_, ()>, mark: bool) -> io::Result<()> {
+        let mut pending = self.pending();
+        let keys = std::mem::take(&mut pending.records);
+        let mut records = Vec::with_capacity(keys.len());
+        {
+            let state = self.replica.state();
+            for key in keys {
+                let value = state.record(&key).map_err(record_error)?;
+                records.push((key.to_string(), value));
+            }
+        }
+        let (applied, membership) = (json(&pending.applied)?, json(&pending.membership)?);
+        pending.written = Instant::now();
+        drop(pending);
         let commit = || -> Result<(), redb::Error> {
             let mut transaction = self.db.begin_write()?;
-            transaction.set_durability(if flush { Durability::Immediate } else { Durability::None })?;
-            transaction.set_quick_repair(flush);
+            transaction.set_durability(Durability::Immediate)?;
+            transaction.set_quick_repair(true);
             {
                 let mut table = transaction.open_table(RECORDS)?;
-                for (key, value) in records {
-                    let key = key.to_string();
+                for (key, value) in &records {
                     match value {
                         Some(value) => table.insert(key.as_str(), value.as_slice())?,
                         None => table.remove(key.as_str())?,
@@ -306,11 +343,44 @@ impl StateStore {
                 let mut meta = transaction.open_table(META)?;
                 meta.insert(APPLIED, applied.as_slice())?;
                 meta.insert(MEMBERSHIP, membership.as_slice())?;
+                if mark {
+                    meta.insert(SNAPSHOT, b"true".as_slice())?;
+                }
             }
             transaction.commit()?;
             Ok(())
         };
         commit().map_err(io_error)
+    }
+
+    /// Puts what another node has in the place of all that is here.
+    fn replace(&self, snapshot: &SnapshotMeta, data: &SnapshotData) -> io::Result<()> {
+        // First a look at all of it: what is damaged replaces nothing.
+        let state = state_of(snapshot.last_log_id.map_or(0, |id| id.index), data)?;
+        let (applied, membership) = (json(&snapshot.last_log_id)?, json(&snapshot.last_membership)?);
+        let _writing = self.writing();
+        let mut transaction = self.db.begin_write().map_err(io_error)?;
+        transaction.set_durability(Durability::Immediate).map_err(io_error)?;
+        transaction.set_quick_repair(true);
+        transaction.delete_table(RECORDS).map_err(io_error)?;
+        {
+            let mut table = transaction.open_table(RECORDS).map_err(io_error)?;
+            data.for_each(|key, value| table.insert(key, value).map(drop).map_err(io_error))?;
+            let mut meta = transaction.open_table(META).map_err(io_error)?;
+            meta.insert(APPLIED, applied.as_slice()).map_err(io_error)?;
+            meta.insert(MEMBERSHIP, membership.as_slice()).map_err(io_error)?;
+            meta.insert(SNAPSHOT, b"true".as_slice()).map_err(io_error)?;
+        }
+        transaction.commit().map_err(io_error)?;
+        let mut pending = self.pending();
+        self.replica.replace(state);
+        *pending = Pending {
+            applied: snapshot.last_log_id,
+            membership: snapshot.last_membership.clone(),
+            records: BTreeSet::new(),
+            written: Instant::now(),
+        };
+        Ok(())
     }
 }
 
@@ -330,18 +400,6 @@ fn prepare(db: &Database) -> Result<u32, redb::Error> {
     Ok(version)
 }
 
-/// Everything that has been applied is on disk when this returns, and `mark` says that a snapshot exists.
-fn flush(db: &Database, mark: bool) -> Result<(), redb::Error> {
-    let mut transaction = db.begin_write()?;
-    transaction.set_durability(Durability::Immediate)?;
-    transaction.set_quick_repair(true);
-    if mark {
-        transaction.open_table(META)?.insert(SNAPSHOT, b"true".as_slice())?;
-    }
-    transaction.commit()?;
-    Ok(())
-}
-
 fn view(db: &Database) -> io::Result<openraft::alias::SnapshotOf<Types, SnapshotData>> {
     let transaction = db.begin_read().map_err(io_error)?;
     let meta = SnapshotMeta {
@@ -353,19 +411,18 @@ fn view(db: &Database) -> io::Result<openraft::alias::SnapshotOf<Types, Snapshot
 
 /// Makes snapshots while the state goes on changing.
 pub struct SnapshotBuilder {
-    db: Arc<Db>,
+    shared: Arc<Shared>,
 }
 
 impl RaftSnapshotBuilder<Types> for SnapshotBuilder {
     type SnapshotData = SnapshotData;
 
     async fn build_snapshot(&mut self) -> io::Result<openraft::alias::SnapshotOf<Types, SnapshotData>> {
-        let db = Arc::clone(&self.db);
+        let shared = Arc::clone(&self.shared);
         let build = move || {
-            // First the view, then the flush: what is flushed is at least what the view shows.
-            let snapshot = view(&db)?;
-            flush(&db, true).map_err(io_error)?;
-            Ok(snapshot)
+            let writing = shared.writing();
+            shared.write(&writing, true)?;
+            view(&shared.db)
         };
         blocking(build).await
     }
@@ -376,7 +433,8 @@ impl RaftStateMachine<Types> for StateStore {
     type SnapshotBuilder = SnapshotBuilder;
 
     async fn applied_state(&mut self) -> io::Result<(Option<LogId>, StoredMembership)> {
-        Ok((self.applied, self.membership.clone()))
+        let pending = self.shared.pending();
+        Ok((pending.applied, pending.membership.clone()))
     }
 
     async fn apply<Strm>(&mut self, mut entries: Strm) -> io::Result<()>
@@ -395,49 +453,26 @@ impl RaftStateMachine<Types> for StateStore {
                 return Ok(());
             }
             // redb waits for the disk now and then; the other tasks of this thread go on elsewhere.
-            blocking_here(|| self.apply_batch(batch))?;
+            blocking_here(|| self.shared.apply(batch))?;
         }
     }
 
     async fn get_snapshot_builder(&mut self) -> SnapshotBuilder {
-        SnapshotBuilder { db: Arc::clone(&self.db) }
+        SnapshotBuilder { shared: Arc::clone(&self.shared) }
     }
 
     async fn install_snapshot(&mut self, snapshot: &SnapshotMeta, data: SnapshotData) -> io::Result<()> {
-        let revision = snapshot.last_log_id.map_or(0, |id| id.index);
-        blocking_here(|| {
-            // First a look at all of it: what is damaged replaces nothing.
-            let state = state_of(revision, &data)?;
-            let (applied, membership) = (json(&snapshot.last_log_id)?, json(&snapshot.last_membership)?);
-            let mut transaction = self.db.begin_write().map_err(io_error)?;
-            transaction.set_durability(Durability::Immediate).map_err(io_error)?;
-            transaction.set_quick_repair(true);
-            transaction.delete_table(RECORDS).map_err(io_error)?;
-            {
-                let mut table = transaction.open_table(RECORDS).map_err(io_error)?;
-                data.for_each(|key, value| table.insert(key, value).map(drop).map_err(io_error))?;
-                let mut meta = transaction.open_table(META).map_err(io_error)?;
-                meta.insert(APPLIED, applied.as_slice()).map_err(io_error)?;
-                meta.insert(MEMBERSHIP, membership.as_slice()).map_err(io_error)?;
-                meta.insert(SNAPSHOT, b"true".as_slice()).map_err(io_error)?;
-            }
-            transaction.commit().map_err(io_error)?;
-            self.replica.replace(state);
-            Ok::<(), io::Error>(())
-        })?;
-        self.applied = snapshot.last_log_id;
-        self.membership = snapshot.last_membership.clone();
-        Ok(())
+        blocking_here(|| self.shared.replace(snapshot, &data))
     }
 
     async fn get_current_snapshot(
         &mut self,
     ) -> io::Result<Option<openraft::alias::SnapshotOf<Types, SnapshotData>>> {
-        let transaction = self.db.begin_read().map_err(io_error)?;
+        let transaction = self.shared.db.begin_read().map_err(io_error)?;
         let made: Option<bool> = meta(&transaction, SNAPSHOT)?;
         if made.is_none() {
             return Ok(None);
         }
-        view(&self.db).map(Some)
+        view(&self.shared.db).map(Some)
     }
 }
