@@ -277,7 +277,13 @@ pub async fn found(
     let certificate =
         authority::certify(&trust, node, &public, clock::now_ms(), NODE_VALID).map_err(wrong)?;
     Ok(Keys {
-        identity: Identity { cluster: trust.cluster.clone(), node, address, bind },
+        identity: Identity {
+            cluster: trust.cluster.clone(),
+            node,
+            address,
+            bind,
+            trust_version: trust.version,
+        },
         key_pem,
         certificate_pem: certificate,
         authorities_pem: trust.authorities_pem(),
@@ -325,7 +331,8 @@ async fn join_at_start(
         feature_level: FEATURE_LEVEL,
     };
     let admission = join(token, &applicant).await.map_err(|error| NodeError::Join(Box::new(error)))?;
-    let identity = Identity { cluster: admission.cluster, node: admission.node, address, bind };
+    let (node, trust_version) = (admission.node, admission.trust_version);
+    let identity = Identity { cluster: admission.cluster, node, address, bind, trust_version };
     let keys = Keys {
         identity,
         key_pem,
