@@ -37,13 +37,14 @@ use crate::raft::peer::server::PeerServer;
 use crate::raft::storage::Folder;
 use crate::raft::{Consensus, ConsensusError, Opening, ProposeError, recover};
 use crate::state::apply::DEFAULT_NETWORK;
-use crate::state::command::PLACEMENT_LEVEL;
+use crate::state::command::HEALTH_LEVEL;
 use crate::state::{Command, MemberCommand, NetworkRecord, NodeId, Proposal, Refusal};
 
 /// Number of the node that makes a cluster.
 const FIRST_NODE: NodeId = 1;
 /// What this program understands. 1: clusters of one node. 2: commands about the cluster itself. 3: placement and leases.
-pub const FEATURE_LEVEL: u32 = PLACEMENT_LEVEL;
+/// 4: health checks; declarations of nodes as down are counted by the log.
+pub const FEATURE_LEVEL: u32 = HEALTH_LEVEL;
 /// How long a member waits at its start for a leader that confirms what it has.
 const RECOVERY_MAX: Duration = Duration::from_secs(5);
 
