@@ -15,6 +15,8 @@ pub mod apply_node;
 mod apply_place;
 pub mod command;
 pub mod invariants;
+#[cfg(test)]
+mod join_model_test;
 pub mod member;
 pub mod placement;
 pub mod records;
