@@ -19,7 +19,7 @@ use crate::launch::{self, EXIT_RECORD, LaunchError, Resources};
 use crate::ledger::{LedgerError, Position};
 use crate::record::{End, Known, ProcessId, Record, Slot};
 use crate::steps::{Step, Wish};
-use crate::{durable, process, vmm_link};
+use crate::{durable, lease, process, vmm_link};
 
 /// Largest exit record that is read, in bytes.
 const EXIT_RECORD_BYTES_MAX: usize = 64 << 10;
@@ -288,6 +288,12 @@ fn launch_vmm(host: &Host, vm: VmId) -> Result<(), Failure> {
     let position = record(host, Record::Launching { vm, start, boot: host.boot_id.clone() })?;
     // A VMM whose start a loss of power takes back could run twice.
     host.ledger.sync_to(position)?;
+    // Opening and the disk take their time: what was allowed when this step was chosen may not be any more. The step is
+    // chosen again when the lease is renewed.
+    let leased = lease::allows(host.core().lease.as_ref(), lease::boottime_ms(), &plan);
+    if !leased {
+        return Err(Failure::of("the lease of this host has ended", false));
+    }
     let resources = Resources {
         program,
         sockets: &host.config.sockets_of(vm),

@@ -10,6 +10,7 @@ use blixard_agent_api::report::{Capacity, StepTime};
 use blixard_agent_api::{BlobRef, Digest, HostPlan, HostReport, Phase, Run, Start, VmPlan, VmReport};
 use blixard_netd_api::{NetdClient, NetworkSpec};
 use blixard_vmm_api::control::{Phase as VmmPhase, Status};
+use blixard_vmm_api::health::Health;
 use blixard_vmm_api::{ExitReason, VmId};
 use nix::time::{ClockId, clock_gettime};
 
@@ -28,6 +29,8 @@ use crate::volume::VolumeDriver;
 const REPLACE_GRACE_MS: u64 = 10_000;
 /// Longest time a guest may have, in milliseconds (one day).
 const GRACE_MS_MAX: u64 = 86_400_000;
+/// Least time between two changes of the health in a report: it comes from inside a guest, and each change is replicated.
+const HEALTH_PAUSE: Duration = Duration::from_secs(1);
 /// After this time a start that cannot be carried out has failed.
 const GIVE_UP: Duration = Duration::from_secs(30);
 
@@ -118,6 +121,9 @@ pub struct Vm {
     pub times: Vec<StepTime>,
     /// Since when it waits for content, in microseconds of CLOCK_MONOTONIC.
     pub waits_since_us: Option<u64>,
+    health: Option<Health>,
+    /// When the health changed last.
+    health_at: Option<Instant>,
     report: Option<VmReport>,
 }
 
@@ -279,6 +285,9 @@ impl Host {
         let planned = core.planned.get(&vm).cloned();
         let instance = core.instance;
         let Some(entry) = core.vms.get_mut(&vm) else { return };
+        if let Some(at) = entry.settle_health(Instant::now()) {
+            core.timers.insert((at, vm));
+        }
         let report = entry.make_report(vm, planned.as_deref(), self);
         if entry.report.as_ref() != Some(&report) {
             entry.report = Some(report);
@@ -467,7 +476,11 @@ impl Core {
             .is_none_or(|plan| lease::allows(self.lease.as_ref(), lease::boottime_ms(), plan));
         let first = steps.into_iter().next();
         match first {
-            Some(Step::Begin(_) | Step::Launch) if !leased => Next::Nothing,
+            Some(Step::Begin(_) | Step::Launch) if !leased => {
+                // That is nothing that has failed: the start goes on with the next lease.
+                entry.failing = None;
+                Next::Nothing
+            }
             Some(step) => Next::Step(step),
             None if wants_start && found.content && !found.network => Next::NoNetwork,
             None => {
@@ -538,6 +551,26 @@ impl Vm {
         Duration::from_millis(ms)
     }
 
+    /// Takes over the health that the guest told last; answers when that is possible, if it is not yet.
+    fn settle_health(&mut self, now: Instant) -> Option<Instant> {
+        let newest =
+            self.status.as_ref().filter(|_| self.process.is_some()).and_then(|status| status.health.as_ref());
+        let Some(newest) = newest else {
+            self.health = None;
+            return None;
+        };
+        if self.health.as_ref() == Some(newest) {
+            return None;
+        }
+        let possible = self.health_at.map_or(now, |at| at + HEALTH_PAUSE);
+        if possible > now {
+            return Some(possible);
+        }
+        self.health = Some(newest.clone());
+        self.health_at = Some(now);
+        None
+    }
+
     fn make_report(&self, vm: VmId, plan: Option<&VmPlan>, host: &Host) -> VmReport {
         let known = self.known.as_ref();
         let start = known.map_or(Start(0), Known::begun_start);
@@ -556,6 +589,7 @@ impl Vm {
             ended_at_ms: end.map(|end| end.at_ms),
             exit: end.and_then(|end| end.exit.clone()),
             workload: end.map_or(status.and_then(|s| s.workload), |end| end.workload),
+            health: self.health.clone(),
             boot: end.map(|end| end.boot).or(status.map(|s| s.times)).unwrap_or_default(),
             steps: self.times.clone(),
             memory_bytes: None,
@@ -605,5 +639,36 @@ impl Vm {
         }
         let waits = (!has_content(plan, &host.store)).then(|| "it waits for its image or kernel".to_owned());
         (Phase::Preparing, why.or(waits))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use blixard_vmm_api::health::HealthState;
+
+    use super::*;
+
+    #[test]
+    fn a_guest_whose_health_flutters_changes_the_report_once_a_second() {
+        let (_reader, writer) = std::io::pipe().unwrap();
+        let vmm = Vmm { pid: 1, process: writer.into(), said: None };
+        let mut vm = Vm { process: Some(Arc::new(vmm)), ..Vm::default() };
+        let begin = Instant::now();
+        let mut changes = 0;
+        for ms in 0..3000_u64 {
+            let state = if ms % 2 == 0 { HealthState::Healthy } else { HealthState::Unhealthy };
+            let health = Health { state, output: String::new() };
+            let status = r#"{"vm":"01ARZ3NDEKTSV4RRFFQ69G5FAV","phase":"running"}"#;
+            vm.status = Some(Status { health: Some(health), ..serde_json::from_str(status).unwrap() });
+            let before = vm.health.clone();
+            let now = begin + Duration::from_millis(ms);
+            let later = vm.settle_health(now);
+            assert_eq!(later.is_none(), vm.health == vm.status.as_ref().unwrap().health, "what waits is due");
+            assert!(later.is_none_or(|at| at > now && at <= now + HEALTH_PAUSE));
+            changes += usize::from(vm.health != before);
+        }
+        assert!((2..=4).contains(&changes), "{changes}");
+        vm.process = None;
+        assert_eq!((vm.settle_health(begin), vm.health), (None, None), "what does not run has none");
     }
 }

@@ -134,6 +134,7 @@ pub fn config(plan: &VmPlan, slot: Slot, mtu: u16) -> Result<(VmConfig, Vec<&'st
             nics: plan.nic.iter().map(addresses).collect(),
             resolvers: plan.resolvers.clone(),
             workload: plan.workload.clone(),
+            health: plan.health.clone(),
         }),
         disks: vec![disk(IMAGE_DISK, "disk-root", true), disk(VOLUME_DISK, "disk-volume", false)],
         nics: plan

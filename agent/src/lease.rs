@@ -20,7 +20,7 @@ use blixard_vmm_api::VmId;
 use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
-use crate::host::{Host, Vm, Vmm, sentence};
+use crate::host::{Core, Host, Vm, Vmm, sentence};
 use crate::{durable, process};
 
 /// Name of the file in the run folder.
@@ -31,7 +31,7 @@ const MARK: &str = "leased";
 const LEASE_MS_MAX: u64 = 10 * 60 * 1000;
 /// Largest such file in bytes.
 const FILE_BYTES_MAX: usize = 4096;
-/// How often VMs are looked at while there is a lease: one that was started in the moment of its end is frozen by this.
+/// How often VMs are looked at while there is a lease: what could not be frozen or thawed is tried again by this.
 const LOOK_AGAIN: Duration = Duration::from_millis(250);
 
 /// A lease of this host.
@@ -167,20 +167,36 @@ struct Due {
     vmm: Arc<Vmm>,
 }
 
-/// Looks at each VM once. All of them are told first, and waited for then: thousands freeze in the time of one.
+/// Looks at each VM once.
 fn enforce(host: &Host) {
     let now_ms = boottime_ms();
     let due: Vec<Due> = {
         let core = host.core();
-        let of = |vm: &VmId, entry: &Vm| {
-            let plan = core.planned.get(vm).map(AsRef::as_ref);
-            let freeze = freezes(core.lease.as_ref(), now_ms, plan, start_of(entry))?;
-            // After a restart of the agent nobody knows: then it is set, whatever it is.
-            let vmm = entry.process.clone().filter(|_| entry.frozen != Some(freeze))?;
-            Some(Due { vm: *vm, freeze, vmm })
-        };
-        core.vms.iter().filter_map(|(vm, entry)| of(vm, entry)).collect()
+        core.vms.iter().filter_map(|(vm, entry)| due(&core, now_ms, *vm, entry)).collect()
     };
+    carry_out(host, due);
+}
+
+/// Freezes a VM whose VMM has just become known, when the lease has ended meanwhile: nobody has to look for it first.
+pub fn catch_up(host: &Host, vm: VmId) {
+    let due = {
+        let core = host.core();
+        core.vms.get(&vm).and_then(|entry| due(&core, boottime_ms(), vm, entry))
+    };
+    carry_out(host, due.into_iter().filter(|due| due.freeze).collect());
+}
+
+/// What is to be done with a VM, if it is not so already.
+fn due(core: &Core, now_ms: u64, vm: VmId, entry: &Vm) -> Option<Due> {
+    let plan = core.planned.get(&vm).map(AsRef::as_ref);
+    let freeze = freezes(core.lease.as_ref(), now_ms, plan, start_of(entry))?;
+    // After a restart of the agent nobody knows: then it is set, whatever it is.
+    let vmm = entry.process.clone().filter(|_| entry.frozen != Some(freeze))?;
+    Some(Due { vm, freeze, vmm })
+}
+
+/// All are told first, and waited for then: thousands freeze in the time of one.
+fn carry_out(host: &Host, due: Vec<Due>) {
     let told: Vec<(Due, Result<(), String>)> = due
         .into_iter()
         .map(|due| {
@@ -222,7 +238,18 @@ fn wait(host: &Host, vm: VmId, freeze: bool) -> Result<(), String> {
 
 #[cfg(test)]
 mod tests {
+    use blixard_agent_api::HostPlan;
+    use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+    use nix::unistd::Pid;
+
     use super::*;
+    use crate::config::Config;
+    use crate::host::Parts;
+    use crate::ledger::Ledger;
+    use crate::record::{Known, Launch};
+    use crate::store::Store;
+    use crate::vmm_link::{self, Watch};
+    use crate::volume::file::FileVolumes;
 
     fn plan(start: u64, on_lease_end: OnLeaseEnd) -> VmPlan {
         let mut plan: VmPlan = serde_json::from_str(include_str!("../tests/plan.json")).unwrap();
@@ -251,6 +278,64 @@ mod tests {
         assert_eq!(freeze(50, None, 1), None, "also by an agent that has just begun and knows nothing of it");
         assert_eq!(freeze(50, Some(&next), 1), None);
         assert_eq!(freeze(100, Some(&next), 1), Some(true));
+    }
+
+    fn host(folder: &Path) -> Host {
+        let (state, run) = (folder.join("state"), folder.join("run"));
+        std::fs::create_dir_all(&state).unwrap();
+        let config = Config {
+            netd: run.join("netd.sock"),
+            vmm: "/nowhere".into(),
+            state: state.clone(),
+            run,
+            node_uid: 0,
+            uid_base: 700_000,
+            uid_count: 10,
+            cgroup: None,
+            no_cgroup: true,
+        };
+        Host::new(Parts {
+            ledger: Ledger::open(&state.join("ledger")).unwrap().0,
+            store: Store::open(&state.join("blobs")).unwrap(),
+            volumes: Box::new(FileVolumes::open(&state).unwrap()),
+            cgroups: Ok(None),
+            program: Err("none".into()),
+            watch: Watch::new().unwrap(),
+            boot_id: "b".into(),
+            memory_mib: 1,
+            instance: 1,
+            config,
+        })
+    }
+
+    #[test]
+    fn a_vmm_that_becomes_known_after_the_lease_has_ended_is_frozen_before_anybody_looks_for_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let host = host(folder.path());
+        let freeze = plan(1, OnLeaseEnd::Freeze);
+        let vm = freeze.vm;
+        host.core().set_plan(HostPlan { vms: vec![freeze], ..HostPlan::default() });
+        let attach = |until_ms| {
+            host.core().lease = Some(Lease { boot: "b".into(), until_ms });
+            let launch = Launch { start: Start(1), boot: "b".into(), process: None };
+            host.change(vm, |entry| {
+                entry.known = Some(Known { launch: Some(launch), ..Known::default() });
+            });
+            let mut child = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+            let pid = i32::try_from(child.id()).unwrap();
+            let vmm = Vmm { pid, process: process::open(pid).unwrap(), said: None };
+            vmm_link::attach(&host, vm, vmm).unwrap();
+            let stopped = waitpid(Pid::from_raw(pid), Some(WaitPidFlag::WUNTRACED | WaitPidFlag::WNOHANG));
+            let frozen = host.core().vms[&vm].frozen;
+            child.kill().unwrap();
+            child.wait().unwrap();
+            (frozen, stopped.unwrap())
+        };
+        let (frozen, stopped) = attach(boottime_ms());
+        assert_eq!(frozen, Some(true));
+        assert!(matches!(stopped, WaitStatus::Stopped(..) | WaitStatus::StillAlive), "{stopped:?}");
+        let (frozen, stopped) = attach(boottime_ms() + 600_000);
+        assert_eq!((frozen, stopped), (None, WaitStatus::StillAlive), "its lease holds");
     }
 
     #[test]

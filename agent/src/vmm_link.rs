@@ -19,10 +19,12 @@ use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, co
 
 use crate::host::{Host, Vm, Vmm};
 use crate::launch::CONTROL_SOCKET;
-use crate::process;
+use crate::{lease, process};
 
 /// Longest text of a guest that is kept, in characters.
 const TEXT_MAX: usize = 300;
+/// Longest end of the output of a health check that is kept, in characters.
+const OUTPUT_CHARS_MAX: usize = 512;
 /// How long to wait before connecting again to a VMM that closed the connection.
 const RECONNECT: Duration = Duration::from_millis(500);
 
@@ -147,10 +149,12 @@ pub fn attach(host: &Host, vm: VmId, vmm: Vmm) -> io::Result<()> {
     let vmm = Arc::new(vmm);
     host.change(vm, |entry| {
         entry.process = Some(Arc::clone(&vmm));
+        entry.frozen = None;
         entry.ending = None;
         entry.status = None;
         entry.outcome = None;
     });
+    lease::catch_up(host, vm);
     host.watch.add(Watched::Process(vm, vmm))?;
     reconnect(host, vm);
     Ok(())
@@ -246,7 +250,17 @@ fn take(entry: &mut Vm, mut status: Status) {
         return;
     }
     status.guest_problem = status.guest_problem.map(|text| printable(&text));
+    if let Some(health) = &mut status.health {
+        health.output = end_of(&health.output);
+    }
     entry.status = Some(status);
+}
+
+/// The end of the output of a check, as lines.
+fn end_of(output: &str) -> String {
+    let kept = |c: &char| !c.is_control() || *c == '\n' || *c == '\t';
+    let all = output.chars().filter(kept).count();
+    output.chars().filter(kept).skip(all.saturating_sub(OUTPUT_CHARS_MAX)).collect()
 }
 
 /// A text of a guest or VMM, fit for a log line.

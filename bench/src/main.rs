@@ -3,6 +3,7 @@
 //! * [`boot`]: request → guest ready, split by step
 //! * [`vmm`]: the VMM beside Firecracker
 //! * [`place`]: placements per second
+//! * [`node`]: memory and start of a node with many VMs, and whether it ages
 //! * [`raft`]: writes and reads of three voters, leader killed
 //! * [`table`], [`compare`]: samples, medians, tables, JSON
 #![forbid(unsafe_code)]
@@ -10,6 +11,7 @@
 
 mod boot;
 mod compare;
+mod node;
 mod place;
 mod raft;
 mod table;
@@ -44,6 +46,8 @@ enum Bench {
     Place(place::Options),
     /// Three voters on this machine: durable writes, linearizable reads, leader killed. Starts them itself.
     Raft(raft::Options),
+    /// One node with 10,000 VMs: memory, start; a million VMs made and forgotten. Starts it itself.
+    Node(node::Options),
 }
 
 fn main() -> ExitCode {
@@ -63,6 +67,7 @@ fn main() -> ExitCode {
             place::run(options).and_then(|t| Ok(t.show_and_write(out, "place")?)).map_err(Into::into)
         }
         Bench::Raft(options) => raft::run(options, out).map_err(Into::into),
+        Bench::Node(options) => node::run(options, out).map_err(Into::into),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -18,6 +18,7 @@ pub struct Metrics {
     durations: HistogramVec,
     commands: IntCounterVec,
     vms: IntGaugeVec,
+    health: IntGaugeVec,
     raft: IntGaugeVec,
     agent: IntGauge,
     report_age: IntGauge,
@@ -65,6 +66,7 @@ impl Metrics {
                 &["command", "done"],
             )?,
             vms: gauges("blixard_vms", "VMs of the cluster by phase", &["phase"])?,
+            health: gauges("blixard_vms_health", "VMs with a health check by what it found", &["health"])?,
             raft: gauges("blixard_raft", "Raft: term, indexes of log, leads, proposals", &["what"])?,
             agent: gauge("blixard_agent_up", "1 when the agent answers")?,
             report_age: gauge(
@@ -107,8 +109,16 @@ impl Metrics {
             self.raft.with_label_values(&[what]).set(signed(value));
         }
         let mut phases: BTreeMap<String, i64> = BTreeMap::new();
+        let mut health: BTreeMap<String, i64> = BTreeMap::new();
         for vm in api.consensus.replica().state().vms() {
             *phases.entry(vm.observed.phase.to_string()).or_default() += 1;
+            if let Some(found) = &vm.observed.health {
+                *health.entry(found.state.to_string()).or_default() += 1;
+            }
+        }
+        self.health.reset();
+        for (state, count) in health {
+            self.health.with_label_values(&[state.as_str()]).set(count);
         }
         self.vms.reset();
         for (phase, count) in phases {

@@ -37,13 +37,14 @@ use crate::raft::peer::server::PeerServer;
 use crate::raft::storage::Folder;
 use crate::raft::{Consensus, ConsensusError, Opening, ProposeError, recover};
 use crate::state::apply::DEFAULT_NETWORK;
-use crate::state::command::PLACEMENT_LEVEL;
+use crate::state::command::HEALTH_LEVEL;
 use crate::state::{Command, MemberCommand, NetworkRecord, NodeId, Proposal, Refusal};
 
 /// Number of the node that makes a cluster.
 const FIRST_NODE: NodeId = 1;
 /// What this program understands. 1: clusters of one node. 2: commands about the cluster itself. 3: placement and leases.
-pub const FEATURE_LEVEL: u32 = PLACEMENT_LEVEL;
+/// 4: health checks; declarations of nodes as down are counted by the log.
+pub const FEATURE_LEVEL: u32 = HEALTH_LEVEL;
 /// How long a member waits at its start for a leader that confirms what it has.
 const RECOVERY_MAX: Duration = Duration::from_secs(5);
 
@@ -277,7 +278,13 @@ pub async fn found(
     let certificate =
         authority::certify(&trust, node, &public, clock::now_ms(), NODE_VALID).map_err(wrong)?;
     Ok(Keys {
-        identity: Identity { cluster: trust.cluster.clone(), node, address, bind },
+        identity: Identity {
+            cluster: trust.cluster.clone(),
+            node,
+            address,
+            bind,
+            trust_version: trust.version,
+        },
         key_pem,
         certificate_pem: certificate,
         authorities_pem: trust.authorities_pem(),
@@ -325,7 +332,8 @@ async fn join_at_start(
         feature_level: FEATURE_LEVEL,
     };
     let admission = join(token, &applicant).await.map_err(|error| NodeError::Join(Box::new(error)))?;
-    let identity = Identity { cluster: admission.cluster, node: admission.node, address, bind };
+    let (node, trust_version) = (admission.node, admission.trust_version);
+    let identity = Identity { cluster: admission.cluster, node, address, bind, trust_version };
     let keys = Keys {
         identity,
         key_pem,

@@ -8,12 +8,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use blixard_api::VmId;
-use blixard_api::vm::Desired;
+use blixard_api::vm::{Desired, grace_default};
 use futures::StreamExt;
 use tokio_util::sync::CancellationToken;
 
 use crate::raft::Consensus;
-use crate::scheduler::{Decision, cluster, place};
+use crate::scheduler::{Decision, Request, cluster, place};
 use crate::state::placement::{Departure, VmChange};
 use crate::state::{Command, NodeId, NodeStatus, Proposal, State, VmRecord};
 
@@ -113,20 +113,38 @@ fn drains(state: &State) -> Vec<Command> {
     commands
 }
 
-/// VMs that have ended, are started again by their policy, and have paused for long enough.
+/// VMs that have ended or are unhealthy, are started again by their policy, and have paused for long enough.
 fn restarts(state: &State, memory: &mut Memory, now_ms: u64) -> Vec<Command> {
     let mut commands = Vec::new();
     let mut ended = BTreeMap::new();
-    for vm in state.vms().filter(|vm| vm.restarts_by_itself() && vm.unlisted_since == 0) {
+    let due = |vm: &VmRecord| (vm.restarts_by_itself() && vm.unlisted_since == 0) || vm.restarts_for_health();
+    for vm in state.vms().filter(|vm| due(vm)) {
         let seen = memory.ended.get(&vm.id).filter(|(start, _)| *start == vm.start);
         let (_, seen_ms) = seen.copied().unwrap_or((vm.start, now_ms));
         ended.insert(vm.id, (vm.start, seen_ms));
         if now_ms.saturating_sub(seen_ms) >= vm.spec.restart.pause_ms(vm.upkeep.restarts) {
-            commands.push(change(vm, VmChange::Restart { start: vm.start }));
+            commands.push(change(
+                vm,
+                if vm.has_ended() { VmChange::Restart { start: vm.start } } else { ill(state, vm) },
+            ));
         }
     }
     memory.ended = ended;
     commands
+}
+
+/// What becomes of a VM that is unhealthy: another start, or another node, when enough starts have not helped and there is one.
+fn ill(state: &State, vm: &VmRecord) -> VmChange {
+    if vm.leaves_for_health() {
+        let avoid = [vm.upkeep.avoid.as_slice(), &[vm.node]].concat();
+        let elsewhere = Request { avoid: &avoid, ..cluster::request(vm) };
+        let mut view = state.view().clone();
+        view.take(vm.node, vm.id);
+        if matches!(place(&view, &elsewhere), Decision::Place { victims, .. } if victims.is_empty()) {
+            return VmChange::Evict { why: Departure::Unhealthy, grace_ms: grace_default() };
+        }
+    }
+    VmChange::Unhealthy { start: vm.start }
 }
 
 /// Does it, for as long as this node leads, until `stop`.

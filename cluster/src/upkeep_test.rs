@@ -1,5 +1,6 @@
 //! The leader's own work, played until there is nothing left to do.
 
+use blixard_api::health::{Health, HealthState};
 use blixard_api::placement::{OnNodeLoss, PreemptionPolicy, Restart, RestartWhen};
 use blixard_api::vm::{Phase, VmSpec};
 
@@ -162,4 +163,78 @@ fn a_failed_vm_pauses_longer_each_time_before_it_is_started_again() {
         cluster.run(commands[0].clone()).unwrap();
     }
     assert_eq!(cluster.state.vm(id(1)).unwrap().start, 4);
+}
+
+/// The VM says this of its health, in its newest start.
+fn health(cluster: &mut Cluster, state: HealthState) {
+    let vm = cluster.state.vm(id(1)).unwrap().clone();
+    let health = Some(Health { state, output: String::new() });
+    let observed = Box::new(Observed { phase: Phase::Running, health, ..Observed::nothing(vm.start) });
+    cluster.run(Command::RecordReport { id: vm.id, node: vm.node, epoch: vm.epoch, observed }).unwrap();
+}
+
+fn with_check(spec: &mut VmSpec) {
+    spec.restart = Restart { when: RestartWhen::OnFailure, ..Restart::default() };
+    spec.health = Some(serde_json::from_str(r#"{"command":["ok"]}"#).unwrap());
+}
+
+#[test]
+fn a_vm_that_does_not_become_healthy_is_started_again_with_longer_pauses_and_then_goes_to_another_node() {
+    let mut cluster = cluster(2);
+    make(&mut cluster, 1, 1, false, with_check).unwrap();
+    let mut memory = Memory::default();
+    let mut now = 0;
+    for pause in [1_000, 2_000, 4_000] {
+        health(&mut cluster, HealthState::Unhealthy);
+        assert!(due(&cluster.state, &mut memory, now).is_empty());
+        assert!(due(&cluster.state, &mut memory, now + pause - 1).is_empty());
+        now += pause;
+        let commands = due(&cluster.state, &mut memory, now);
+        let start = cluster.state.vm(id(1)).unwrap().start;
+        assert_eq!(commands, [change(cluster.state.vm(id(1)).unwrap(), VmChange::Unhealthy { start })]);
+        cluster.run(commands[0].clone()).unwrap();
+    }
+    health(&mut cluster, HealthState::Unhealthy);
+    due(&cluster.state, &mut memory, now);
+    let commands = due(&cluster.state, &mut memory, now + 8_000);
+    assert!(matches!(
+        &commands[..],
+        [Command::Vm { change: VmChange::Evict { why: Departure::Unhealthy, .. }, .. }]
+    ));
+    cluster.run(commands[0].clone()).unwrap();
+    assert_eq!(settle(&mut cluster), [(2, Phase::Running)]);
+    let vm = cluster.state.vm(id(1)).unwrap();
+    assert_eq!((vm.epoch, vm.start, vm.upkeep.avoid.as_slice()), (2, 5, [1].as_slice()));
+}
+
+#[test]
+fn where_no_other_node_takes_it_an_unhealthy_vm_is_started_again_where_it_is() {
+    let mut cluster = cluster(2);
+    make(&mut cluster, 1, 1, false, with_check).unwrap();
+    make(&mut cluster, 2, 2, false, |spec| spec.memory_mib = 1024).unwrap();
+    let mut memory = Memory::default();
+    for round in 1..=6 {
+        health(&mut cluster, HealthState::Unhealthy);
+        due(&cluster.state, &mut memory, round * 1_000_000);
+        let commands = due(&cluster.state, &mut memory, round * 1_000_000 + 300_000);
+        assert!(
+            matches!(&commands[..], [Command::Vm { change: VmChange::Unhealthy { .. }, .. }]),
+            "{commands:?}"
+        );
+        cluster.run(commands[0].clone()).unwrap();
+    }
+    assert_eq!(cluster.state.vm(id(1)).unwrap().node, 1);
+}
+
+#[test]
+fn a_vm_that_becomes_healthy_in_its_pause_is_left_alone() {
+    let mut cluster = cluster(1);
+    make(&mut cluster, 1, 1, false, with_check).unwrap();
+    let mut memory = Memory::default();
+    health(&mut cluster, HealthState::Unhealthy);
+    assert!(due(&cluster.state, &mut memory, 0).is_empty());
+    health(&mut cluster, HealthState::Healthy);
+    assert!(due(&cluster.state, &mut memory, 10_000).is_empty());
+    health(&mut cluster, HealthState::Unhealthy);
+    assert!(due(&cluster.state, &mut memory, 20_000).is_empty(), "its pause begins anew");
 }

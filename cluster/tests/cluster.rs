@@ -168,6 +168,35 @@ fn a_leader_that_was_frozen_finds_another_one_and_takes_over_what_it_missed() {
 }
 
 #[test]
+fn a_write_that_the_next_leader_discards_is_asked_for_again_and_answered_once() {
+    let nodes = three();
+    let leader = leader_of(&nodes);
+    let followers = [(leader + 1) % 3, (leader + 2) % 3];
+    let last_log = || -> u64 {
+        let metrics = nodes[leader].get("/metrics").text();
+        let line = metrics.lines().find(|l| l.starts_with(r#"blixard_raft{what="last_log"}"#)).unwrap();
+        line.rsplit_once(' ').unwrap().1.parse().unwrap()
+    };
+    let before = last_log();
+    followers.iter().for_each(|f| nodes[*f].signal(Signal::SIGSTOP));
+    std::thread::scope(|scope| {
+        let asked = scope.spawn(|| nodes[leader].post(VMS, &create(1, "once")));
+        nodes[leader].until("it is in the log of the leader alone", || last_log() > before);
+        nodes[leader].signal(Signal::SIGSTOP);
+        followers.iter().for_each(|f| nodes[*f].signal(Signal::SIGCONT));
+        let next = &nodes[followers[0]];
+        next.until("another one leads", || {
+            let leader_now = next.get("/v1/cluster").json()["leader"].clone();
+            followers.iter().any(|f| leader_now == nodes[*f].name())
+        });
+        nodes[leader].signal(Signal::SIGCONT);
+        let answer = asked.join().unwrap();
+        assert_eq!(answer.status, 201, "{}", answer.text());
+    });
+    all_know(&nodes, &[1]);
+}
+
+#[test]
 fn a_node_that_lost_its_disk_state_while_the_log_was_cut_gets_a_snapshot() {
     let nodes = three();
     // The log is cut every 50 entries.

@@ -27,6 +27,7 @@ fn main() -> std::process::ExitCode {
         ("a_reset_or_a_kernel_that_cannot_boot_ends_the_vm_with_its_reason", resets),
         ("a_debian_root_runs_its_own_programs_and_keeps_its_disk_over_a_restart", debian_root),
         ("one_mebibyte_through_exec_arrives_intact", exec_pipe),
+        ("a_health_check_is_shown_and_an_unhealthy_vm_starts_again", health),
         ("exit_codes_and_signals_of_a_workload_are_told", exit_codes),
         ("a_vm_outlives_the_death_of_agent_node_and_netd", outlives_control_plane),
         ("an_agent_killed_at_any_moment_of_a_start_ends_up_with_one_running_vm", killed_at_any_moment),
@@ -221,6 +222,33 @@ fn exec_pipe() {
     let both = host.blixard(&["exec", "pipe", "sh", "-c", "echo out; echo err >&2"]);
     assert_eq!((both.out.trim(), both.err.trim()), ("out", "err"));
     remove("pipe");
+}
+
+fn health() {
+    let host = host();
+    let options = [
+        "--health-cmd",
+        "test -e /well",
+        "--health-interval",
+        "500ms",
+        "--health-retries",
+        "2",
+        "--restart",
+        "on-failure",
+    ];
+    host.run("well", &options, "busybox", &["sh", "-c", "touch /well; exec sleep 100000"]);
+    host.blixard(&["wait", "--for", "healthy", "--timeout", "60s", "well"]).good();
+    let list = host.blixard(&["ps"]).good();
+    assert!(list.contains("running (healthy)"), "{list}");
+    host.exec("well", &["rm", "/well"]);
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while host.inspect("well")["start"] != 2 {
+        assert!(Instant::now() < deadline, "not started again: {}", host.inspect("well"));
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    host.blixard(&["wait", "--for", "healthy", "--timeout", "90s", "well"]).good();
+    remove("well");
+    assert_no_traces();
 }
 
 fn exit_codes() {

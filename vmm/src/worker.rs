@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use blixard_vmm_api::control::{Event, FromVmm, Phase, Reply, Request, Status};
 use blixard_vmm_api::guest::{LinkRecord, WorkloadExit};
+use blixard_vmm_api::health::Health;
 use blixard_vmm_api::stats::FlightEvent;
 use blixard_vmm_api::{ExitReason, VmId};
 
@@ -41,6 +42,7 @@ pub struct GuestNews {
     ready: bool,
     workload: Option<WorkloadExit>,
     problem: Option<String>,
+    health: Option<Health>,
     fresh: bool,
 }
 
@@ -67,6 +69,7 @@ impl Guest {
                 }
                 LinkRecord::WorkloadExited(exit) => news.workload = Some(exit),
                 LinkRecord::Problem(text) => news.problem = Some(text),
+                LinkRecord::Health(health) => news.health = Some(health),
                 LinkRecord::Stop | LinkRecord::Restored(_) => news.fresh = false,
             }
         });
@@ -337,6 +340,7 @@ impl Machine {
             guest_ready: news.ready,
             workload: news.workload,
             guest_problem: news.problem.clone(),
+            health: news.health.clone(),
             times: self.bus.times.all(),
             landlock: crate::sandbox::landlock_version(),
         })

@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use blixard_netd_api::{NetworkSpec, NicSpec};
 use blixard_vmm_api::VmId;
 use blixard_vmm_api::guest::Command;
+use blixard_vmm_api::health::HealthCheck;
 use serde::{Deserialize, Serialize};
 
 use crate::blob::BlobRef;
@@ -93,6 +94,9 @@ pub struct VmPlan {
     /// What it runs. Absent: a shell on the console.
     #[serde(default)]
     pub workload: Option<Command>,
+    /// How it is found out whether the workload does its work.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub health: Option<HealthCheck>,
     /// What becomes of it when the lease of this host ends.
     #[serde(default, skip_serializing_if = "OnLeaseEnd::is_default")]
     pub on_lease_end: OnLeaseEnd,

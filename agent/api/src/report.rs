@@ -2,6 +2,7 @@
 
 use blixard_vmm_api::control::BootTimes;
 use blixard_vmm_api::guest::WorkloadExit;
+use blixard_vmm_api::health::Health;
 use blixard_vmm_api::{ExitReason, VmId};
 use serde::{Deserialize, Serialize};
 
@@ -78,6 +79,9 @@ pub struct VmReport {
     /// How the workload ended, when it has.
     #[serde(default)]
     pub workload: Option<WorkloadExit>,
+    /// How the workload is, while the VMM runs and when its guest was told to look. It changes once a second at most.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub health: Option<Health>,
     /// When the VMM reached what, in microseconds of the host's CLOCK_MONOTONIC.
     #[serde(default)]
     pub boot: BootTimes,
@@ -107,6 +111,7 @@ impl VmReport {
             ended_at_ms: None,
             exit: None,
             workload: None,
+            health: None,
             boot: BootTimes::default(),
             steps: Vec::new(),
             memory_bytes: None,

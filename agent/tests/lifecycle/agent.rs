@@ -185,6 +185,7 @@ pub fn vm(number: u128, name: &str) -> VmPlan {
         nic: None,
         resolvers: vec![],
         workload: None,
+        health: None,
         on_lease_end: OnLeaseEnd::RunOn,
     }
 }

@@ -122,6 +122,7 @@ fn converse(connection: &OwnedFd, config: &VmConfig) {
                 guest_ready: true,
                 workload: None,
                 guest_problem: None,
+                health: None,
                 times: BootTimes { process_start_us: Some(1), ..BootTimes::default() },
                 landlock: None,
             }),

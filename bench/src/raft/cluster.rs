@@ -13,7 +13,8 @@ use super::{RaftError, System, load};
 
 /// Longest wait for the cluster to form.
 const FORM_MAX: Duration = Duration::from_secs(60);
-const VMS: &str = "/v1/projects/default/vms";
+/// Path of VMs.
+pub const VMS: &str = "/v1/projects/default/vms";
 
 /// An HTTP/1.1 connection that is used again and again.
 pub struct Http(BufReader<TcpStream>);
@@ -76,7 +77,8 @@ pub struct Blixard {
     leader: SocketAddr,
 }
 
-fn free() -> Result<SocketAddr, RaftError> {
+/// An address that nobody listens at.
+pub fn free() -> Result<SocketAddr, RaftError> {
     let failed = || RaftError::system("find a free port");
     TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).map_err(failed())
 }
@@ -134,7 +136,8 @@ fn spawn(program: &Path, arguments: &[String], folder: &Path) -> Result<Child, R
         .map_err(RaftError::system(format!("start {}", program.display())))
 }
 
-pub(super) fn until<T>(what: &str, look: impl Fn() -> Option<T>) -> Result<T, RaftError> {
+/// Waits until something is so.
+pub fn until<T>(what: &str, look: impl Fn() -> Option<T>) -> Result<T, RaftError> {
     let begin = Instant::now();
     loop {
         if let Some(found) = look() {
@@ -148,7 +151,7 @@ pub(super) fn until<T>(what: &str, look: impl Fn() -> Option<T>) -> Result<T, Ra
 }
 
 /// The tar of an image with one file, and of the least that is taken for a kernel.
-fn content() -> (Vec<u8>, Vec<u8>) {
+pub fn content() -> (Vec<u8>, Vec<u8>) {
     let mut kernel = vec![0; 8192];
     let mut put = |at: usize, bytes: &[u8]| {
         kernel.iter_mut().skip(at).zip(bytes).for_each(|(to, from)| *to = *from);
@@ -246,7 +249,7 @@ impl System for Blixard {
 }
 
 /// Crockford base 32 of a ULID with this random part.
-fn ulid(number: u128) -> String {
+pub fn ulid(number: u128) -> String {
     const DIGITS: &[u8; 32] = b"0123456789ABCDEFGHJKMNPQRSTVWXYZ";
     let value = (1_795_000_000_000_u128 << 80) | number;
     let digit = |n: usize| usize::try_from((value >> (n * 5)) & 31).ok().and_then(|d| DIGITS.get(d)).copied();

@@ -6,7 +6,7 @@
 //! * [`load`]: clients that ask again and again, each over a connection of its own
 //! * [`failover`]: the leader is killed, a member is frozen
 
-mod cluster;
+pub mod cluster;
 mod etcd;
 mod failover;
 mod load;
@@ -78,7 +78,7 @@ pub enum RaftError {
 }
 
 impl RaftError {
-    fn system(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> Self {
+    pub fn system(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> Self {
         let what = what.into();
         move |source| Self::System { what, source }
     }

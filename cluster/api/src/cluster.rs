@@ -59,6 +59,9 @@ pub struct Admission {
     pub certificate_pem: String,
     /// The authorities of the cluster, PEM.
     pub authorities_pem: String,
+    /// Version of the trust that both are from; 0 from nodes that do not say it.
+    #[serde(default)]
+    pub trust_version: u64,
 }
 
 /// Asks for a join token, or names what a token for the API shall be.

@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::health::HealthSpec;
+
 /// An image: a root file system by digest, and what to run from it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ImageView {
@@ -42,6 +44,9 @@ pub struct ImageConfig {
     /// Labels.
     #[serde(default)]
     pub labels: BTreeMap<String, String>,
+    /// How it is found out whether the program does its work.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub health: Option<HealthSpec>,
 }
 
 /// A guest kernel with its modules and our initramfs.

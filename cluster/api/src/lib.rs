@@ -8,7 +8,7 @@
 //! | `GET /v1/health` | [`server::Health`]: 200 when this node serves, 503 when not |
 //! | `POST /v1/projects/{p}/vms` | [`vm::CreateVm`] → 201 [`vm::VmView`]; the same id and spec again: 200; `?dry_run=true` → [`placement::PlacementView`] |
 //! | `GET /v1/projects/{p}/vms` | `?limit&cursor&label=k=v` → [`Page`] of [`vm::VmView`] |
-//! | `GET /v1/projects/{p}/vms/{name}` | [`vm::VmView`]; `?wait=ready,stopped&timeout_ms=N` answers at the first such moment, or 408 |
+//! | `GET /v1/projects/{p}/vms/{name}` | [`vm::VmView`]; `?wait=ready,stopped&timeout_ms=N` (also `healthy`, `unhealthy`) answers at the first such moment, or 408 |
 //! | `DELETE /v1/projects/{p}/vms/{name}` | `?force=true` also when it runs → 202 [`vm::VmView`]; gone when a GET answers 404 (`?wait=gone`) |
 //! | `POST /v1/projects/{p}/vms/{name}:start` | → [`vm::VmView`] |
 //! | `POST /v1/projects/{p}/vms/{name}:stop` | [`vm::StopVm`] → [`vm::VmView`] |
@@ -45,6 +45,7 @@
 pub mod client;
 pub mod cluster;
 pub mod error;
+pub mod health;
 pub mod image;
 pub mod placement;
 pub mod server;

@@ -8,6 +8,7 @@ use blixard_vmm_api::guest::WorkloadExit;
 use blixard_vmm_api::{ExitReason, VmId};
 use serde::{Deserialize, Serialize};
 
+use crate::health::{Health, HealthSpec};
 use crate::placement::{Placement, Restart};
 
 /// Body of a create request. Repeating it with the same id and spec is harmless.
@@ -71,6 +72,9 @@ pub struct VmSpec {
     /// What happens when it ends although it shall run.
     #[serde(default, skip_serializing_if = "Restart::is_default")]
     pub restart: Restart,
+    /// How it is found out whether it does its work; absent: as its image says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub health: Option<HealthSpec>,
 }
 
 fn vcpus_default() -> u8 {
@@ -151,6 +155,9 @@ pub struct VmView {
     /// How its workload ended, when it has.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub workload: Option<WorkloadExit>,
+    /// How it is, when there is a check and it runs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub health: Option<Health>,
     /// Where the time of the newest start went, when known to this node.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub timing: Option<Timing>,

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::health::HealthOptions;
 use crate::node::Place;
 use crate::{cluster, units};
 
@@ -183,6 +184,8 @@ pub struct Run {
     pub cmdline: String,
     #[command(flatten)]
     pub place: Place,
+    #[command(flatten)]
+    pub health: HealthOptions,
     /// With --detach: what to wait for before returning
     #[arg(long, value_enum, value_name = "MOMENT", default_value = "none")]
     pub wait: StartWait,
@@ -326,6 +329,8 @@ pub struct WaitFor {
 pub enum Moment {
     /// The guest answers `exec`
     Ready,
+    /// Its health check has succeeded
+    Healthy,
     /// It has ended
     Stopped,
     /// It is removed

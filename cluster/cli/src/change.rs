@@ -3,7 +3,7 @@
 use std::future::Future;
 use std::time::Duration;
 
-use blixard_api::vm::StopVm;
+use blixard_api::vm::{StopVm, VmView};
 use futures::StreamExt;
 
 use crate::Context;
@@ -73,22 +73,38 @@ fn with_advice(error: CliError, name: &str) -> CliError {
     }
 }
 
+/// The error that a VM has ended before it was what is waited for.
+fn never(view: &VmView, what: &str) -> CliError {
+    let mut error = failed(view);
+    if let (CliError::Vm { message, .. }, false) = (&mut error, view.phase == blixard_api::vm::Phase::Failed)
+    {
+        *message = format!("VM {:?} is stopped: it is not going to be {what}", view.name);
+    }
+    error
+}
+
 /// `wait`: prints exit codes when it waits for the end.
 pub async fn wait(context: &Context, options: &WaitFor) -> Result<u8, CliError> {
     let time = options.timeout;
     each(context, "waiting", &options.vms.vms, async |subject: Subject<'_>| match options.until {
         Moment::Ready => {
             let view = subject.wait(&["ready", "stopped", "failed"], time).await?;
-            if !ended(&view) {
-                return Ok(None);
+            if ended(&view) { Err(never(&view, "ready")) } else { Ok(None) }
+        }
+        Moment::Healthy => {
+            let begin = std::time::Instant::now();
+            let view = subject.wait(&["ready", "stopped", "failed"], time).await?;
+            // A guest says that it looks before it says that it is ready.
+            if !ended(&view) && view.health.is_none() {
+                return Err(CliError::Vm {
+                    message: format!("VM {:?} has no health check", view.name),
+                    suggestion: "blixard run --health-cmd LINE".into(),
+                    code: code::ERROR,
+                });
             }
-            let mut error = failed(&view);
-            if let (CliError::Vm { message, .. }, false) =
-                (&mut error, view.phase == blixard_api::vm::Phase::Failed)
-            {
-                *message = format!("VM {:?} is stopped: it is not going to be ready", view.name);
-            }
-            Err(error)
+            let left = time.map(|time| time.saturating_sub(begin.elapsed()));
+            let view = subject.wait(&["healthy", "stopped", "failed"], left).await?;
+            if ended(&view) { Err(never(&view, "healthy")) } else { Ok(None) }
         }
         Moment::Stopped => {
             let view = subject.wait(&["stopped", "failed"], time).await?;

@@ -2,6 +2,7 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use blixard_api::health::HealthState;
 use blixard_api::vm::{Phase, VmView};
 use blixard_api::watch::Change;
 use serde_json::json;
@@ -94,7 +95,7 @@ fn table(views: &[VmView], format: Format, now_ms: u64) -> String {
             view.name.clone(),
             if wide { id } else { id.chars().take(SHORT_ID).collect() },
             view.spec.image.clone(),
-            view.phase.to_string(),
+            status(view),
             view.node.clone().unwrap_or_default(),
             if wide { addresses.collect::<Vec<_>>().join(",") } else { addresses.take(1).collect() },
             view.spec.vcpus.to_string(),
@@ -110,6 +111,15 @@ fn table(views: &[VmView], format: Format, now_ms: u64) -> String {
         table.row(row);
     }
     table.render()
+}
+
+/// Phase, and health when there is a check (as docker shows it).
+fn status(view: &VmView) -> String {
+    match view.health.as_ref().map(|health| health.state) {
+        None => view.phase.to_string(),
+        Some(HealthState::Starting) => format!("{} (health: starting)", view.phase),
+        Some(state) => format!("{} ({state})", view.phase),
+    }
 }
 
 /// `inspect`: everything about VMs, as an array.
@@ -145,6 +155,19 @@ mod tests {
             "NAME   ID              IMAGE     PHASE     NODE   ADDRESS     VCPUS   MEMORY    AGE\n\
              web    01ARZ3NDEKTSV   busybox   running   n1     10.88.0.2   1       256 MiB   90s\n"
         );
+    }
+
+    #[test]
+    fn the_phase_has_its_health_beside_it() {
+        let mut vm = view("web");
+        for (health, shown) in [
+            ("healthy", "running (healthy)"),
+            ("unhealthy", "running (unhealthy)"),
+            ("starting", "running (health: starting)"),
+        ] {
+            vm.health = Some(serde_json::from_value(json!({ "state": health })).unwrap());
+            assert_eq!(status(&vm), shown);
+        }
     }
 
     #[test]

@@ -11,6 +11,7 @@ mod doctor;
 mod error;
 mod exec;
 mod follow;
+mod health;
 mod image;
 mod kernel;
 mod list;

@@ -84,6 +84,7 @@ fn spec(options: &Run) -> Result<VmSpec, CliError> {
         labels: options.label.iter().cloned().collect(),
         placement: options.place.placement(),
         restart: options.place.restart(),
+        health: options.health.spec(),
     })
 }
 
@@ -222,6 +223,18 @@ mod tests {
         assert_eq!((plain.entrypoint, plain.command), (None, None));
         let other = spec(&parsed("--entrypoint /bin/sh img")).unwrap();
         assert_eq!((other.entrypoint, other.command), (Some(vec!["/bin/sh".into()]), Some(vec![])));
+    }
+
+    #[test]
+    fn a_health_check_is_a_shell_line_with_times_and_can_be_switched_off() {
+        let health = |words: &str| spec(&parsed(words)).unwrap().health;
+        assert_eq!(health("img"), None);
+        let some = health("--health-cmd /check --health-interval 2s --health-retries 1 img").unwrap();
+        assert_eq!(some.command, Some(["/bin/sh", "-c", "/check"].map(str::to_owned).into()));
+        assert_eq!((some.interval_ms, some.retries, some.timeout_ms), (Some(2000), Some(1), None));
+        assert_eq!(health("--no-healthcheck img").unwrap().command, Some(vec![]));
+        let both = ["blixard", "run", "--no-healthcheck", "--health-cmd", "x", "img"];
+        assert!(Cli::try_parse_from(both).is_err());
     }
 
     #[test]

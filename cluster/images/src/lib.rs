@@ -22,7 +22,7 @@ mod tar;
 mod tests;
 mod tree;
 
-pub use config::ImageConfig;
+pub use config::{Healthcheck, ImageConfig};
 pub use erofs::ErofsError;
 pub use import::{ImageSource, ImportError, ImportedImage, import_rootfs};
 pub use initramfs::{InitramfsError, MODULES_MAX, build_initramfs};

@@ -147,6 +147,7 @@ async fn admit(api: &Api, request: Request) -> Result<Response, Failure> {
         cluster: trust.cluster.clone(),
         certificate_pem: certificate.map_err(|error| auth_failure(&error))?,
         authorities_pem: trust.authorities_pem(),
+        trust_version: trust.version,
     };
     tracing::info!(name = node.name, node = node.id, "a node joins");
     Ok(answer(StatusCode::OK, revision, &admission))
@@ -248,8 +249,13 @@ pub async fn act_on_this(
         Some(refusal) => Failure::denied(format!("the cluster refuses: {}", refusal.error.message)),
         None => Failure::unavailable(format!("the cluster cannot be reached: {}", chain(&error))),
     })?;
-    let identity =
-        Identity { cluster: admission.cluster.clone(), node: admission.node, address: wanted.address, bind };
+    let identity = Identity {
+        cluster: admission.cluster.clone(),
+        node: admission.node,
+        address: wanted.address,
+        bind,
+        trust_version: admission.trust_version,
+    };
     let keys = Keys {
         identity,
         key_pem,

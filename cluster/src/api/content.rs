@@ -191,8 +191,15 @@ pub async fn upload_image(State(api): State<Shared>, request: Request) -> Result
         return content_answer(StatusCode::CREATED, revision, kept);
     }
     let _unnamed = api.importer.importing().await;
-    let image = import(&api, body, move |importer, source| importer.image(name, source)).await?;
+    let mut image = import(&api, body, move |importer, source| importer.image(name, source)).await?;
     tracing::info!(name = image.name, digest = %image.blob.digest, bytes = image.blob.size_bytes, "image imported");
+    if image.config.health.is_some() && !api.consensus.replica().state().checks_health() {
+        tracing::warn!(
+            name = image.name,
+            "its health check is left out: the cluster's feature level is too low"
+        );
+        image.config.health = None;
+    }
     let (revision, done) = api.propose(key, Command::PutImage(Box::new(image))).await?;
     tokio::spawn(Api::sweep(Arc::clone(&api)));
     content_answer(StatusCode::CREATED, revision, done)

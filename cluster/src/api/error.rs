@@ -153,7 +153,9 @@ impl From<ProposeError> for Failure {
             ProposeError::NotLeader { .. } => {
                 failure.suggest("try again; blixard cluster status shows who leads")
             }
-            ProposeError::Unknown(_) => failure.suggest("try again: repeating the request does it once"),
+            ProposeError::Unknown(_) | ProposeError::Discarded => {
+                failure.suggest("try again: repeating the request does it once")
+            }
             ProposeError::Level { .. } => Self::conflict(error.to_string())
                 .suggest("install the new version on all nodes, then: blixard cluster raise-level"),
             ProposeError::Stopped(_) => {

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use blixard_api::image::ImageConfig;
 use blixard_api::vm::VmSpec;
 use blixard_api::{Detail, check_name};
 use blixard_vmm_api::config::{CMDLINE_MAX, VCPUS_MAX};
@@ -92,8 +93,27 @@ pub fn spec(state: &State, spec: &VmSpec, without: &[String], found: &mut Vec<De
         let field = if error.field == "command.env" { "env" } else { "command" };
         wrong(field, "bad_format", error.problem);
     }
+    health(&config, spec, &mut wrong);
     labels(&spec.labels, &mut wrong);
     super::placement::check(spec, &mut wrong);
+}
+
+fn health(image: &ImageConfig, spec: &VmSpec, wrong: &mut impl FnMut(&str, &str, String)) {
+    let wanted = spec.health.as_ref();
+    match workload::health(image, spec) {
+        Some(check) => {
+            if let Err(error) = check.validate("health") {
+                // User, directory and environment are the workload's, and wrong there already.
+                let field =
+                    if error.field.starts_with("health.command") { "health.command" } else { &error.field };
+                wrong(field, "out_of_range", error.problem);
+            }
+        }
+        None if wanted.is_some_and(|health| health.command.is_none()) => {
+            wrong("health.command", "missing", "the image brings no health check".into());
+        }
+        None => {}
+    }
 }
 
 fn labels(labels: &BTreeMap<String, String>, wrong: &mut impl FnMut(&str, &str, String)) {

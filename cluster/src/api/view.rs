@@ -36,6 +36,7 @@ pub fn view(api: &Api, state: &State, host: &Host, vm: &VmRecord) -> VmView {
         ended_at_ms: observed.ended_at_ms.filter(|_| fresh),
         exit: observed.exit.clone().filter(|_| fresh),
         workload: observed.workload.filter(|_| fresh),
+        health: observed.health.clone().filter(|_| fresh),
         timing: here.then(|| timing(api, vm, told)),
         memory_bytes: current.and_then(|t| t.memory_bytes),
         observed_age_ms: told.and(host.seen.as_ref()).map(crate::host::local::Seen::age_ms),

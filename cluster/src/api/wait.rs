@@ -4,6 +4,7 @@
 use std::str::FromStr;
 use std::time::Duration;
 
+use blixard_api::health::HealthState;
 use blixard_api::vm::Phase;
 use blixard_api::{VmId, WAIT_MS_MAX};
 use tokio::time::Instant;
@@ -23,6 +24,8 @@ const WAIT_MS: u64 = 60_000;
 pub enum Condition {
     /// The VM is in this phase, in its newest start.
     In(Phase),
+    /// Its workload is so, in its newest start.
+    Health(HealthState),
     /// The VM is gone.
     Gone,
 }
@@ -34,6 +37,8 @@ impl FromStr for Condition {
         Ok(match text {
             "gone" => Self::Gone,
             "ready" | "running" => Self::In(Phase::Running),
+            "healthy" => Self::Health(HealthState::Healthy),
+            "unhealthy" => Self::Health(HealthState::Unhealthy),
             "pending" => Self::In(Phase::Pending),
             "preparing" => Self::In(Phase::Preparing),
             "starting" => Self::In(Phase::Starting),
@@ -57,7 +62,7 @@ pub fn wanted(parameters: &Parameters) -> Result<Option<(Vec<Condition>, Duratio
     let conditions: Result<Vec<Condition>, ()> = text.split(',').map(str::parse).collect();
     let conditions = conditions.map_err(|()| {
         let form =
-            "ready, gone and the names of phases (stopped, failed, …) are possible, separated by commas";
+            "ready, healthy, unhealthy, gone and the names of phases (stopped, failed, …) are possible, separated by commas";
         Failure::field("wait", "bad_format", form)
     })?;
     Ok(Some((conditions, Duration::from_millis(timeout))))
@@ -66,6 +71,9 @@ pub fn wanted(parameters: &Parameters) -> Result<Option<(Vec<Condition>, Duratio
 fn met(conditions: &[Condition], vm: &VmRecord) -> bool {
     conditions.iter().any(|condition| match condition {
         Condition::In(phase) => vm.observed.phase == *phase,
+        Condition::Health(state) => {
+            vm.observed.start == vm.start && vm.observed.health.as_ref().is_some_and(|h| h.state == *state)
+        }
         Condition::Gone => false,
     })
 }

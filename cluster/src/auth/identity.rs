@@ -33,6 +33,9 @@ pub struct Identity {
     pub address: SocketAddr,
     /// Where it listens for them.
     pub bind: SocketAddr,
+    /// Version of the trust that certificate and authorities are from, at least; 0 when nobody said.
+    #[serde(default)]
+    pub trust_version: u64,
 }
 
 /// An identity with its key and certificates.
@@ -194,7 +197,7 @@ mod tests {
         let (key_pem, public) = new_key().unwrap();
         assert_eq!(public_key(&key_pem).unwrap(), public);
         let address = "192.0.2.1:7440".parse().unwrap();
-        let identity = Identity { cluster: "c".into(), node: 3, address, bind: address };
+        let identity = Identity { cluster: "c".into(), node: 3, address, bind: address, trust_version: 1 };
         let keys = Keys { identity, key_pem, certificate_pem: "x".into(), authorities_pem: "y".into() };
         keys.store(state.path()).unwrap();
         let back = Keys::load(state.path()).unwrap().unwrap();
@@ -210,7 +213,7 @@ mod tests {
         let state = tempfile::tempdir().unwrap();
         let address = "192.0.2.1:7440".parse().unwrap();
         let keys = |node| Keys {
-            identity: Identity { cluster: "c".into(), node, address, bind: address },
+            identity: Identity { cluster: "c".into(), node, address, bind: address, trust_version: 0 },
             key_pem: String::new(),
             certificate_pem: String::new(),
             authorities_pem: String::new(),

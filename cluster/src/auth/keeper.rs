@@ -14,7 +14,7 @@ use super::tls::{Tls, validity};
 use crate::clock;
 use crate::host::chain;
 use crate::raft::Consensus;
-use crate::state::{Command, MemberCommand, NodeFacts, Proposal, TrustRecord};
+use crate::state::{Command, MemberCommand, NodeFacts, Proposal, State, TrustRecord};
 
 /// Time between two looks when nothing calls for one.
 const LOOK: Duration = Duration::from_secs(600);
@@ -35,15 +35,51 @@ pub struct Keeper {
     pub labels: BTreeMap<String, String>,
 }
 
-/// The certificate does not follow this trust, or ends soon.
-fn needs_renewal(keys: &Keys, trust: &TrustRecord, now_ms: u64) -> Result<bool, AuthError> {
-    if keys.authorities_pem != trust.authorities_pem() {
-        return Ok(true);
-    }
+/// These keys trust whom this trust names, and are signed by whom it says.
+fn follows(keys: &Keys, trust: &TrustRecord) -> Result<bool, AuthError> {
     let Some(signer) = trust.signer() else { return Ok(false) };
-    let (_, end, signed) = validity(&keys.certificate_pem, &signer.certificate_pem)?;
+    let (_, _, signed) = validity(&keys.certificate_pem, &signer.certificate_pem)?;
+    Ok(signed && keys.authorities_pem == trust.authorities_pem())
+}
+
+/// The keys by this trust that take the place of `keys`, when these do not follow it, or end soon. Pure.
+///
+/// A node that applies its log anew, or has just joined, passes through trusts that are over. It must not go back to one: others
+/// may have forgotten its authority, and it would trust nobody whom it meets.
+///
+/// # Errors
+/// See [`AuthError`].
+pub(super) fn renewed(keys: &Keys, trust: &TrustRecord, now_ms: u64) -> Result<Option<Keys>, AuthError> {
+    let older = trust.version < keys.identity.trust_version;
+    let Some(signer) = trust.signer().filter(|_| !older && trust.cluster == keys.identity.cluster) else {
+        return Ok(None);
+    };
+    let (_, end, _) = validity(&keys.certificate_pem, &signer.certificate_pem)?;
     let soon = Duration::from_millis(now_ms).saturating_add(RENEW_BEFORE).as_secs();
-    Ok(!signed || u64::try_from(end).unwrap_or(0) < soon)
+    if follows(keys, trust)? && u64::try_from(end).unwrap_or(0) >= soon {
+        return Ok(None);
+    }
+    let public = public_key(&keys.key_pem)?;
+    let mut next = keys.clone();
+    next.certificate_pem = certify(trust, keys.identity.node, &public, now_ms, NODE_VALID)?;
+    next.authorities_pem = trust.authorities_pem();
+    next.identity.trust_version = trust.version;
+    Ok(Some(next))
+}
+
+/// Version of the trust that a node says it follows. Pure.
+///
+/// # Errors
+/// See [`AuthError`].
+pub(super) fn followed(keys: &Keys, trust: &TrustRecord) -> Result<u64, AuthError> {
+    Ok(if follows(keys, trust)? { trust.version } else { 0 })
+}
+
+/// What the leader does next about a change of the authority, once all nodes follow what there is. Pure.
+pub(super) fn next_trust(state: &State) -> Option<TrustRecord> {
+    let trust = state.trust()?;
+    let all_follow = state.nodes().all(|node| node.trust_version >= trust.version);
+    trust.next_step().filter(|_| all_follow)
 }
 
 impl Keeper {
@@ -80,13 +116,7 @@ impl Keeper {
     fn renew(&self) -> Result<(), AuthError> {
         let Some(tls) = &self.tls else { return Ok(()) };
         let Some(trust) = self.consensus.replica().state().trust().cloned() else { return Ok(()) };
-        let keys = tls.keys();
-        if trust.cluster != keys.identity.cluster || !needs_renewal(&keys, &trust, clock::now_ms())? {
-            return Ok(());
-        }
-        let public = public_key(&keys.key_pem)?;
-        let certificate = certify(&trust, keys.identity.node, &public, clock::now_ms(), NODE_VALID)?;
-        let keys = Keys { certificate_pem: certificate, authorities_pem: trust.authorities_pem(), ..keys };
+        let Some(keys) = renewed(&tls.keys(), &trust, clock::now_ms())? else { return Ok(()) };
         keys.store(&self.folder)?;
         tls.replace(keys)?;
         tracing::info!(trust = trust.version, "this node has a new certificate");
@@ -96,7 +126,6 @@ impl Keeper {
     /// What this node is.
     fn facts(&self, trust: Option<&TrustRecord>) -> Result<NodeFacts, AuthError> {
         let keys = self.tls.as_ref().map(Tls::keys);
-        let follows = |keys: &Keys| trust.filter(|trust| keys.authorities_pem == trust.authorities_pem());
         Ok(NodeFacts {
             name: self.name.clone(),
             address: keys.as_ref().map(|keys| keys.identity.address),
@@ -104,21 +133,22 @@ impl Keeper {
             labels: self.labels.clone(),
             version: env!("CARGO_PKG_VERSION").into(),
             feature_level: crate::node::FEATURE_LEVEL,
-            trust_version: keys.as_ref().and_then(follows).map_or(0, |trust| trust.version),
+            trust_version: match (&keys, trust) {
+                (Some(keys), Some(trust)) => followed(keys, trust)?,
+                _ => 0,
+            },
         })
     }
 
     /// Proposes what this node should say; false when that should be tried again soon.
     async fn tell(&self) -> bool {
-        let (known, trust, level, all_follow) = {
+        let (known, trust, level, next) = {
             let state = self.consensus.replica().state();
-            let trust = state.trust().cloned();
-            let version = trust.as_ref().map_or(0, |trust| trust.version);
             (
                 state.node(self.consensus.node()).cloned(),
-                trust,
+                state.trust().cloned(),
                 state.cluster().map_or(0, |cluster| cluster.feature_level),
-                state.nodes().all(|node| node.trust_version >= version),
+                next_trust(&state),
             )
         };
         let Some(known) = known.filter(|_| level >= 2) else { return true };
@@ -133,10 +163,7 @@ impl Keeper {
             let node = self.consensus.node();
             return self.propose(MemberCommand::Announce { node, facts: Box::new(facts) }).await;
         }
-        if all_follow
-            && self.consensus.leads()
-            && let Some(next) = trust.and_then(|trust| trust.next_step())
-        {
+        if let Some(next) = next.filter(|_| self.consensus.leads()) {
             tracing::info!(version = next.version, "the change of the cluster's authority goes on");
             return self.propose(MemberCommand::SetTrust(Box::new(next))).await;
         }

@@ -15,6 +15,9 @@ pub mod identity;
 pub mod keeper;
 pub mod tls;
 
+#[cfg(test)]
+mod rotation_model_test;
+
 use std::fmt::Write;
 use std::path::PathBuf;
 

@@ -67,6 +67,13 @@ impl Tls {
         Arc::clone(&self.present.read().unwrap_or_else(PoisonError::into_inner))
     }
 
+    /// What both ends of a handshake work with.
+    #[cfg(test)]
+    pub fn configs(&self) -> (Arc<ClientConfig>, Arc<ServerConfig>) {
+        let present = self.present();
+        (Arc::clone(present.connector.config()), Arc::clone(present.acceptor.config()))
+    }
+
     /// The present keys.
     pub fn keys(&self) -> Keys {
         self.present().keys.clone()

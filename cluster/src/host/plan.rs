@@ -63,6 +63,7 @@ fn vm_plan(state: &State, vm: &VmRecord, resolvers: &[IpAddr]) -> VmPlan {
         resolvers: if nic.is_some() { resolvers.to_vec() } else { Vec::new() },
         nic,
         workload: vm.workload.clone(),
+        health: vm.health.clone(),
         on_lease_end: match vm.spec.placement.on_node_loss {
             OnNodeLoss::Restart => OnLeaseEnd::Freeze,
             OnNodeLoss::Wait => OnLeaseEnd::RunOn,

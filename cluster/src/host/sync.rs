@@ -14,6 +14,7 @@ use std::time::Duration;
 use blixard_agent_api::{
     AgentError, BlobRef, HostPlan, HostReport, Phase as AgentPhase, ProblemKind, VmReport,
 };
+use blixard_api::health::Health;
 use blixard_api::placement::Arch;
 use blixard_api::vm::{Desired, Phase};
 use futures::{FutureExt, StreamExt};
@@ -239,7 +240,9 @@ fn news(state: &State, node: u64, report: &HostReport) -> Vec<Command> {
     commands.extend(node_news(state, node, report));
     for told in &report.vms {
         let Some(vm) = state.vm(told.vm) else { continue };
-        let observed = observed(told);
+        let mut observed = observed(told);
+        // Other members would not keep it.
+        observed.health = observed.health.filter(|_| state.checks_health());
         let current = vm.node == node && vm.epoch == told.epoch.0 && vm.unlisted_since == 0;
         let refused = told.refused && current && told.phase == AgentPhase::Failed && state.places();
         if refused && state.goes_elsewhere(vm, told.start.0) {
@@ -292,7 +295,11 @@ fn differs(vm: &VmRecord, observed: &Observed) -> bool {
     if observed.phase == Phase::Failed {
         return vm.observed != *observed;
     }
-    vm.observed != Observed { reason: vm.observed.reason.clone(), ..observed.clone() }
+    // Of the health the state counts: the output is that of its beginning.
+    let state = |observed: &Observed| observed.health.as_ref().map(|health| health.state);
+    let same = state(&vm.observed) == state(observed);
+    let health = if same { &vm.observed.health } else { &observed.health };
+    vm.observed != Observed { reason: vm.observed.reason.clone(), health: health.clone(), ..observed.clone() }
 }
 
 fn observed(told: &VmReport) -> Observed {
@@ -305,6 +312,10 @@ fn observed(told: &VmReport) -> Observed {
         ended_at_ms: told.ended_at_ms,
         exit: told.exit.clone(),
         workload: told.workload,
+        health: told
+            .health
+            .clone()
+            .map(|health| Health { output: health.output.chars().take(REASON_MAX).collect(), ..health }),
     }
 }
 

@@ -2,6 +2,8 @@
 
 use blixard_agent_api::{Epoch, Generation, Start};
 
+use blixard_api::health::HealthState;
+
 use super::*;
 use crate::state::testing::{Cluster, create, id};
 
@@ -59,4 +61,29 @@ fn a_vm_is_forgotten_when_a_report_about_a_plan_without_it_does_not_show_it() {
     let there = report(gone.unlisted_since, vec![told(1, 1, AgentPhase::Stopping)]);
     assert!(!news(&cluster.state, 1, &there).contains(&forget[0]), "still there");
     assert_eq!(news(&cluster.state, 1, &report(gone.unlisted_since, vec![])), forget);
+}
+
+#[test]
+fn of_the_health_each_change_is_replicated_its_output_along_with_it_and_nothing_below_its_level() {
+    let ill = |state, output: &str| {
+        let health = Some(Health { state, output: output.into() });
+        report(1, vec![VmReport { health, ..told(1, 1, AgentPhase::Running) }])
+    };
+    let mut cluster = Cluster::new(16);
+    cluster.run(create(1, "a")).unwrap();
+    let healthy = ill(HealthState::Healthy, "fine");
+    let commands = news(&cluster.state, 1, &healthy);
+    cluster.run(commands[0].clone()).unwrap();
+    assert_eq!(news(&cluster.state, 1, &healthy), []);
+    assert_eq!(news(&cluster.state, 1, &ill(HealthState::Healthy, "still fine")), []);
+    let commands = news(&cluster.state, 1, &ill(HealthState::Unhealthy, &"x".repeat(10_000)));
+    let Command::RecordReport { observed, .. } = &commands[0] else { panic!() };
+    let health = observed.health.as_ref().unwrap();
+    assert_eq!((health.state, health.output.len()), (HealthState::Unhealthy, REASON_MAX));
+
+    let mut older = Cluster::at_level(16, crate::state::command::HEALTH_LEVEL - 1);
+    older.run(create(1, "a")).unwrap();
+    let commands = news(&older.state, 1, &healthy);
+    let Command::RecordReport { observed, .. } = &commands[0] else { panic!() };
+    assert_eq!((observed.health.as_ref(), commands[0].level()), (None, 1));
 }

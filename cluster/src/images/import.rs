@@ -6,11 +6,14 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use blixard_agent_api::{BlobRef, Digest};
 use blixard_api::UPLOAD_BYTES_MAX;
+use blixard_api::health::HealthSpec;
 use blixard_api::image::ImageConfig;
 use blixard_images::{ImageSource, Limits};
+use blixard_vmm_api::health::{RETRIES_MAX, TIME_MS_MAX, TIME_MS_MIN};
 use tempfile::NamedTempFile;
 use tokio::sync::{RwLock, RwLockReadGuard};
 
@@ -200,5 +203,19 @@ fn config(found: blixard_images::ImageConfig) -> ImageConfig {
         cwd: found.cwd,
         user: found.user,
         labels: found.labels,
+        health: found.health.map(health),
+    }
+}
+
+/// Times out of range are the nearest possible ones: nobody could change them in an image.
+fn health(found: blixard_images::Healthcheck) -> HealthSpec {
+    let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+    let clamped = |time: Duration| ms(time).clamp(TIME_MS_MIN, TIME_MS_MAX);
+    HealthSpec {
+        command: Some(found.command),
+        interval_ms: found.interval.map(clamped),
+        timeout_ms: found.timeout.map(clamped),
+        retries: found.retries.map(|retries| retries.clamp(1, RETRIES_MAX)),
+        start_period_ms: found.start_period.map(|time| ms(time).min(TIME_MS_MAX)),
     }
 }

@@ -26,6 +26,7 @@
 //! a whole lease after each election.
 
 pub mod detector;
+pub mod downs;
 pub mod holder;
 pub mod voter;
 pub mod watch;
@@ -37,6 +38,7 @@ use std::collections::BTreeSet;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 pub use detector::{Action, Detector};
+pub use downs::Downs;
 pub use holder::{Holder, Renewal, Reply};
 pub use voter::Voter;
 

@@ -8,7 +8,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::detector::Unanswered;
-use super::{Action, Detector, Settings, Standing};
+use super::{Action, Detector, Downs, Settings, Standing};
 use crate::raft::Consensus;
 use crate::state::placement::NodeChange;
 use crate::state::{Command, NodeId, Proposal, Refusal};
@@ -73,14 +73,18 @@ pub async fn detect(consensus: Consensus, stop: CancellationToken) {
     pace.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut term = None;
     let mut watch = Watch::new(consensus.clone());
+    let mut downs = Downs::default();
     while stop.run_until_cancelled(pace.tick()).await.is_some() {
+        let now_ms = consensus.clock().boottime_ms();
+        // Also while another node leads: whoever leads next shall know it.
+        downs.look(now_ms, consensus.replica().state().nodes().map(|node| node.offer.down_revision));
         let leads = consensus.leading_term();
         if leads != term {
             watch = Watch::new(consensus.clone());
             term = leads;
         }
         if leads.is_some() && is_watched(&consensus) {
-            stop.run_until_cancelled(watch.look()).await;
+            stop.run_until_cancelled(watch.look(downs.settled(now_ms))).await;
         }
     }
 }
@@ -96,7 +100,7 @@ impl Watch {
         Self { consensus, settings, detector, questions: JoinSet::new(), told: BTreeMap::new() }
     }
 
-    async fn look(&mut self) {
+    async fn look(&mut self, settled: u64) {
         while self.questions.try_join_next().is_some() {}
         let standings = self.consensus.standings();
         self.told.retain(|node, suspicion| standings.get(node).is_some_and(|s| s.suspicion == *suspicion));
@@ -110,10 +114,12 @@ impl Watch {
                 }
                 Action::Suspect(node) => changes.push((node, NodeChange::Suspect)),
                 Action::Clear(node) => changes.push((node, NodeChange::Clear)),
-                Action::Down { node, suspicion } if self.may_be_down(node, suspicion) => {
-                    changes.push((node, NodeChange::Down { suspicion }));
+                Action::Down { node, suspicion } => {
+                    let settled = self.consensus.replica().state().checks_health().then_some(settled);
+                    if self.may_be_down(node, suspicion, settled) {
+                        changes.push((node, NodeChange::Down { suspicion, settled }));
+                    }
                 }
-                Action::Down { .. } => {}
             }
         }
         let proposals = changes.into_iter().map(|(node, change)| self.propose(node, change));
@@ -155,9 +161,9 @@ impl Watch {
         });
     }
 
-    fn may_be_down(&mut self, node: NodeId, suspicion: u64) -> bool {
-        let checked =
-            self.consensus.replica().state().check_down(node, suspicion, self.consensus.clock().now_ms());
+    fn may_be_down(&mut self, node: NodeId, suspicion: u64, settled: Option<u64>) -> bool {
+        let now_ms = self.consensus.clock().now_ms();
+        let checked = self.consensus.replica().state().check_down(node, suspicion, settled, now_ms);
         if let Err(refusal @ Refusal::TooManyDown { .. }) = &checked
             && self.told.insert(node, suspicion).is_none()
         {

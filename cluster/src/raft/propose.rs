@@ -39,6 +39,10 @@ pub enum ProposeError {
         /// What the cluster has.
         has: u32,
     },
+    /// Another leader was elected before it was agreed, and this member's log follows that one: the command may have been
+    /// applied, or may still be.
+    #[error("another leader was elected before it was agreed")]
+    Discarded,
     /// The leader was asked and did not answer: the command may have been applied.
     #[error("the leader did not answer: {0}")]
     Unknown(String),
@@ -64,7 +68,7 @@ impl Consensus {
     pub async fn propose(&self, proposal: Proposal) -> Result<(u64, Outcome), ProposeError> {
         self.proposals.fetch_add(1, Ordering::Relaxed);
         let deadline = Instant::now() + LEADER_MAX;
-        // The command is idempotent, or carries a key that makes it so: it may be asked for again.
+        let repeats = proposal.key.is_some() || proposal.command.may_be_repeated();
         loop {
             let refused = match self.leader_id() {
                 Some(leader) if leader != self.node => {
@@ -75,6 +79,8 @@ impl Consensus {
                             return Ok((revision, outcome));
                         }
                         Ok(Proposed::NotLeader { leader }) => self.not_leader(leader),
+                        Ok(Proposed::Discarded) if repeats => ProposeError::Discarded,
+                        Ok(Proposed::Discarded) => return Err(ProposeError::Discarded),
                         Ok(Proposed::Level { needs, has }) => return Err(ProposeError::Level { needs, has }),
                         Ok(Proposed::Stopped(reason)) => return Err(ProposeError::Unknown(reason)),
                         // Nothing was sent.
@@ -86,6 +92,7 @@ impl Consensus {
                 }
                 _ => match self.propose_here(proposal.clone()).await {
                     Err(error @ ProposeError::NotLeader { .. }) => error,
+                    Err(error @ ProposeError::Discarded) if repeats => error,
                     other => return other,
                 },
             };
@@ -116,6 +123,7 @@ impl Consensus {
             Err(RaftError::APIError(ClientWriteError::ForwardToLeader(forward))) => {
                 Err(self.not_leader(forward.leader_id))
             }
+            Err(RaftError::APIError(ClientWriteError::LogEntryDiscarded(_))) => Err(ProposeError::Discarded),
             Err(error) => Err(stopped(error.to_string())),
         }
     }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use blixard_api::VmId;
 use blixard_api::vm::{Desired, Phase, VmSpec, grace_default};
+use blixard_vmm_api::health::HealthState;
 
 use super::address::{HostRange, nic};
 use super::command::{Answer, Command, Outcome, Proposal, Refusal};
@@ -134,7 +135,7 @@ impl State {
             }
             Command::Member(command) => self.run_member(command, now_ms),
             Command::Node { node, change } => self.change_node(*node, change, now_ms),
-            Command::Vm { id, epoch, change } => self.change_vm(*id, *epoch, change),
+            Command::Vm { id, epoch, change } => self.change_vm(*id, *epoch, change, now_ms),
         }
     }
 
@@ -217,6 +218,7 @@ impl State {
                 initramfs: kernel.initramfs,
             },
             workload: workload::effective(&image.config, spec),
+            health: workload::health(&image.config, spec),
             nic: None,
             generation: 1,
             created_at_ms: now_ms,
@@ -283,6 +285,7 @@ impl State {
             }
             vm.upkeep.restarts = 0;
             vm.upkeep.avoid.clear();
+            vm.upkeep.unhealthy_starts = 0;
             vm.desired = Desired::Running;
             vm.start = vm.start.saturating_add(1);
             vm.generation = vm.generation.saturating_add(1);
@@ -342,6 +345,9 @@ impl State {
         }
         let mut vm = vm.as_ref().clone();
         vm.observed = observed.clone();
+        if observed.health.as_ref().is_some_and(|health| health.state == HealthState::Healthy) {
+            vm.upkeep.unhealthy_starts = 0;
+        }
         self.note_departure(&mut vm);
         self.put_vm(vm);
     }

@@ -1,8 +1,12 @@
 //! Nodes join, change and leave; the feature level rises.
 
 use super::*;
+use crate::node::FEATURE_LEVEL as LEVEL;
 use crate::state::Command;
 use crate::state::testing::{Cluster, create, id};
+
+/// One that this program does not know.
+const HIGHER: u32 = LEVEL + 1;
 
 fn facts(name: &str, key: &str) -> NodeFacts {
     NodeFacts {
@@ -11,7 +15,7 @@ fn facts(name: &str, key: &str) -> NodeFacts {
         public_key: Some(key.into()),
         labels: [("zone".to_owned(), "a".to_owned())].into(),
         version: "1".into(),
-        feature_level: 3,
+        feature_level: LEVEL,
         trust_version: 1,
     }
 }
@@ -95,16 +99,16 @@ fn a_removed_node_takes_its_number_along_and_leaves_with_its_last_vm_only() {
 #[test]
 fn the_feature_level_rises_once_every_node_knows_it() {
     let mut cluster = two();
-    let raise = |knows| member(MemberCommand::RaiseLevel { level: 4, node: 1, knows });
-    let behind = |name: &str, knows| Err(Refusal::NodeBehind { name: name.into(), knows, wanted: 4 });
-    assert_eq!(cluster.run(raise(3)), behind("one", 3));
-    assert_eq!(cluster.run(raise(4)), behind("two", 3));
-    let newer = NodeFacts { feature_level: 4, ..facts("two", "k") };
+    let raise = |knows| member(MemberCommand::RaiseLevel { level: HIGHER, node: 1, knows });
+    let behind = |name: &str, knows| Err(Refusal::NodeBehind { name: name.into(), knows, wanted: HIGHER });
+    assert_eq!(cluster.run(raise(LEVEL)), behind("one", LEVEL));
+    assert_eq!(cluster.run(raise(HIGHER)), behind("two", LEVEL));
+    let newer = NodeFacts { feature_level: HIGHER, ..facts("two", "k") };
     cluster.run(member(MemberCommand::Announce { node: 2, facts: Box::new(newer) })).unwrap();
-    cluster.run(raise(4)).unwrap();
-    assert_eq!(cluster.state.cluster().unwrap().feature_level, 4);
+    cluster.run(raise(HIGHER)).unwrap();
+    assert_eq!(cluster.state.cluster().unwrap().feature_level, HIGHER);
     cluster.run(token("u", u64::MAX)).unwrap();
-    assert_eq!(cluster.run(join("u", "old", "k4")), Err(Refusal::Level { needs: 4, has: 3 }));
+    assert_eq!(cluster.run(join("u", "old", "k4")), Err(Refusal::Level { needs: HIGHER, has: LEVEL }));
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use super::State;
 use super::command::{Answer, Outcome, Refusal};
-use super::placement::{NodeChange, NodeStatus};
+use super::placement::{NodeChange, NodeOffer, NodeStatus};
 use super::records::NodeId;
 
 /// In this time, in milliseconds, no more than a third of all nodes (but one always) are declared down without an operator.
@@ -30,19 +30,13 @@ impl State {
                 offer.suspicion = 0;
                 offer.vouched = false;
             }
-            NodeChange::Down { suspicion } => {
-                self.check_down(id, *suspicion, now_ms)?;
-                if offer.status != NodeStatus::Down {
-                    offer.status = NodeStatus::Down;
-                    offer.down_at_ms = now_ms.max(1);
-                }
+            NodeChange::Down { suspicion, settled } => {
+                self.check_down(id, *suspicion, *settled, now_ms)?;
+                self.is_down(offer, now_ms);
             }
             NodeChange::ForceDown => {
                 offer.vouched = true;
-                if offer.status != NodeStatus::Down {
-                    offer.status = NodeStatus::Down;
-                    offer.down_at_ms = now_ms.max(1);
-                }
+                self.is_down(offer, now_ms);
             }
             NodeChange::Leased(leased) => offer.leased = *leased,
         }
@@ -52,11 +46,28 @@ impl State {
         Ok(Answer::Done)
     }
 
+    fn is_down(&self, offer: &mut NodeOffer, now_ms: u64) {
+        if offer.status == NodeStatus::Down {
+            return;
+        }
+        offer.status = NodeStatus::Down;
+        offer.down_at_ms = now_ms.max(1);
+        if self.checks_health() {
+            offer.down_revision = self.revision;
+        }
+    }
+
     /// Whether this node may be declared down now because of this suspicion.
     ///
     /// # Errors
     /// It is not suspected, or by a later suspicion; too many nodes were declared down just before.
-    pub fn check_down(&self, id: NodeId, suspicion: u64, now_ms: u64) -> Result<(), Refusal> {
+    pub fn check_down(
+        &self,
+        id: NodeId,
+        suspicion: u64,
+        settled: Option<u64>,
+        now_ms: u64,
+    ) -> Result<(), Refusal> {
         let offer = &self.nodes.get(&id).ok_or(Refusal::NoNode(id))?.offer;
         match offer.status {
             NodeStatus::Down => return Ok(()),
@@ -64,7 +75,11 @@ impl State {
             NodeStatus::Suspected | NodeStatus::Up => return Err(Refusal::NotSuspected(id)),
         }
         let window = now_ms.saturating_sub(BLAST_WINDOW_MS);
-        let recent = self.nodes.values().filter(|node| node.offer.down_at_ms > window).count();
+        let is_recent = |offer: &NodeOffer| match settled {
+            Some(settled) => offer.down_revision > settled,
+            None => offer.down_at_ms > window,
+        };
+        let recent = self.nodes.values().filter(|node| is_recent(&node.offer)).count();
         let most = (self.nodes.len() / 3).max(1);
         if recent >= most { Err(Refusal::TooManyDown { recent, most }) } else { Ok(()) }
     }

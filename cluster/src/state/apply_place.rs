@@ -17,18 +17,20 @@ use crate::scheduler::{self, Reason, cluster};
 const AVOID_MAX: usize = 64;
 
 impl State {
-    pub(super) fn change_vm(&mut self, id: VmId, epoch: u64, change: &VmChange) -> Outcome {
+    pub(super) fn change_vm(&mut self, id: VmId, epoch: u64, change: &VmChange, now_ms: u64) -> Outcome {
         let vm = self.vms.get(&id).ok_or(Refusal::NoVm)?;
         if vm.epoch != epoch {
             return Err(Refusal::Epoch { now: vm.epoch });
         }
         let vm = vm.as_ref().clone();
         match change {
+            VmChange::Evict { why: Departure::Unhealthy, grace_ms } => self.evict_unhealthy(vm, *grace_ms),
             VmChange::Evict { why, grace_ms } => self.evict(vm, *why, *grace_ms),
             VmChange::Refused { start } => self.refused(vm, *start),
             VmChange::Released => self.release(vm),
             VmChange::Place { node } => self.place(vm, *node),
             VmChange::Restart { start } => self.restart(vm, *start),
+            VmChange::Unhealthy { start } => self.unhealthy(vm, *start, now_ms),
         }
     }
 
@@ -37,11 +39,11 @@ impl State {
         self.cluster.as_ref().is_some_and(|cluster| cluster.feature_level >= PLACEMENT_LEVEL)
     }
 
-    fn unchanged(vm: VmRecord) -> Outcome {
+    pub(super) fn unchanged(vm: VmRecord) -> Outcome {
         Ok(Answer::Vm { vm: Arc::new(vm), created: false })
     }
 
-    fn changed_vm(&mut self, vm: VmRecord) -> Outcome {
+    pub(super) fn changed_vm(&mut self, vm: VmRecord) -> Outcome {
         Ok(Answer::Vm { vm: self.put_vm(vm), created: false })
     }
 
@@ -103,6 +105,7 @@ impl State {
         vm.epoch = vm.epoch.saturating_add(1);
         vm.upkeep.leaving = None;
         vm.unlisted_since = 0;
+        vm.upkeep.unhealthy_starts = 0;
         if vm.desired == Desired::Running {
             vm.start = vm.start.saturating_add(1);
         }
@@ -178,7 +181,7 @@ impl State {
         self.start_anew(vm)
     }
 
-    fn start_anew(&mut self, mut vm: VmRecord) -> Outcome {
+    pub(super) fn start_anew(&mut self, mut vm: VmRecord) -> Outcome {
         vm.start = vm.start.saturating_add(1);
         vm.observed = Observed::nothing(vm.observed.start);
         self.touch_plan(vm.node);
@@ -210,7 +213,7 @@ impl State {
 }
 
 /// The VM does not come back to the node where it is.
-fn avoid(vm: &mut VmRecord) {
+pub(super) fn avoid(vm: &mut VmRecord) {
     let node = vm.node;
     vm.upkeep.avoid.retain(|known| *known != node);
     vm.upkeep.avoid.push(node);

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use blixard_api::health::{Health, HealthState};
 use blixard_api::placement::{AntiAffinity, Restart, Scope};
 use blixard_api::vm::VmSpec;
 use proptest::prelude::*;
@@ -97,7 +98,7 @@ fn vms_of_a_lost_node_go_elsewhere_unless_they_wait_or_their_agent_enforces_no_l
     let mut cluster = cluster(3);
     cluster.run(create_on(1, 2, |_| ())).unwrap();
     cluster.run(create_on(2, 2, |spec| spec.placement.on_node_loss = OnNodeLoss::Wait)).unwrap();
-    let down = |suspicion| node_change(2, NodeChange::Down { suspicion });
+    let down = |suspicion| node_change(2, NodeChange::Down { suspicion, settled: None });
     assert_eq!(cluster.run(down(0)), Err(Refusal::NotSuspected(2)));
     cluster.run(node_change(2, NodeChange::Suspect)).unwrap();
     let before = cluster.state.node(2).unwrap().offer.suspicion;
@@ -126,6 +127,29 @@ fn no_more_than_a_third_of_the_nodes_is_declared_down_within_a_minute_without_an
     assert!(cluster.run(node_change(3, NodeChange::ForceDown)).is_ok(), "an operator may");
     cluster.now_ms += super::super::apply_node::BLAST_WINDOW_MS;
     assert!(cluster.lose(4).is_ok(), "a minute later");
+}
+
+#[test]
+fn a_leader_whose_clock_is_ahead_does_not_keep_the_next_one_from_declaring_nodes_down() {
+    let mut cluster = cluster(6);
+    let lose = |cluster: &mut Cluster, node: NodeId, settled: u64| {
+        cluster.run(node_change(node, NodeChange::Suspect)).unwrap();
+        let suspicion = cluster.state.node(node).unwrap().offer.suspicion;
+        cluster.run(node_change(node, NodeChange::Down { suspicion, settled: Some(settled) }))
+    };
+    cluster.now_ms += 3_600_000;
+    assert!(lose(&mut cluster, 1, 0).is_ok() && lose(&mut cluster, 2, 0).is_ok());
+    cluster.now_ms -= 3_600_000;
+    let of = |cluster: &Cluster, node| cluster.state.node(node).unwrap().offer.down_revision;
+    let (first, second) = (of(&cluster, 1), of(&cluster, 2));
+    assert_eq!(lose(&mut cluster, 3, first - 1), Err(Refusal::TooManyDown { recent: 2, most: 2 }));
+    assert!(lose(&mut cluster, 3, first).is_ok(), "a minute after the first by the leader's own clock");
+    assert_eq!(lose(&mut cluster, 4, first), Err(Refusal::TooManyDown { recent: 2, most: 2 }));
+    assert!(lose(&mut cluster, 4, second).is_ok());
+    let below = Cluster::at_level(16, super::super::command::HEALTH_LEVEL - 1);
+    let down = NodeChange::Down { suspicion: 1, settled: Some(1) };
+    assert_eq!(node_change(1, down).level(), super::super::command::HEALTH_LEVEL);
+    assert!(!below.state.checks_health());
 }
 
 #[test]
@@ -266,12 +290,15 @@ fn changes() -> impl Strategy<Value = Vec<Command>> {
         3 => Just(VmChange::Released),
         5 => node().prop_map(|node| VmChange::Place { node }),
         1 => (1u64..5).prop_map(|start| VmChange::Restart { start }),
+        3 => (1u64..5).prop_map(|start| VmChange::Unhealthy { start }),
+        1 => Just(VmChange::Evict { why: Departure::Unhealthy, grace_ms: 1 }),
     ];
     let on_node = prop_oneof![
         Just(NodeChange::Drain { grace_ms: 1 }),
         Just(NodeChange::Suspect),
         Just(NodeChange::Clear),
-        (0u64..90).prop_map(|suspicion| NodeChange::Down { suspicion }),
+        (0u64..90, prop::option::of(0u64..90))
+            .prop_map(|(suspicion, settled)| NodeChange::Down { suspicion, settled }),
         Just(NodeChange::ForceDown),
         any::<bool>().prop_map(NodeChange::Leased),
     ];
@@ -290,6 +317,12 @@ fn changes() -> impl Strategy<Value = Vec<Command>> {
         8 => (number(), 1u64..4, vm).prop_map(|(n, epoch, change)| vm_change(n, epoch, change)),
         4 => (node(), on_node).prop_map(|(node, change)| node_change(node, change)),
         4 => (number(), node(), 1u64..4, 0u64..5, phase).prop_map(|(n, node, epoch, start, phase)| report(n, node, epoch, start, phase)),
+        3 => (number(), node(), 1u64..4, 0u64..5, any::<bool>()).prop_map(|(n, node, epoch, start, well)| {
+            let state = if well { HealthState::Healthy } else { HealthState::Unhealthy };
+            let health = Some(Health { state, output: String::new() });
+            let observed = Observed { phase: Phase::Running, health, ..Observed::nothing(start) };
+            Command::RecordReport { id: id(n), node, epoch, observed: Box::new(observed) }
+        }),
         1 => number().prop_map(|n| Command::StopVm { id: id(n), grace_ms: 1, if_generation: None }),
         1 => number().prop_map(|n| Command::StartVm { id: id(n), if_generation: None }),
         1 => number().prop_map(|n| Command::DeleteVm { id: id(n), force: true, if_generation: None }),

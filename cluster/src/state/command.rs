@@ -13,7 +13,7 @@ use blixard_api::vm::VmSpec;
 use serde::{Deserialize, Serialize};
 
 use super::member::MemberCommand;
-use super::placement::{NodeChange, VmChange};
+use super::placement::{Departure, NodeChange, VmChange};
 use super::records::{ImageRecord, KernelRecord, NetworkRecord, NodeId, NodeRecord, Observed, VmRecord};
 
 /// A command on its way through the log, with what its application may not find out by itself.
@@ -161,6 +161,9 @@ pub enum Command {
 /// Feature level from which on VMs are placed by what nodes offer, moved and started again.
 pub const PLACEMENT_LEVEL: u32 = 3;
 
+/// Feature level from which on VMs have health checks, and nodes that were declared down are counted by entries of the log.
+pub const HEALTH_LEVEL: u32 = 4;
+
 /// Whether a spec says something about its place or restarts.
 fn asks_for_a_place(spec: &VmSpec) -> bool {
     !spec.placement.is_default() || !spec.restart.is_default()
@@ -188,11 +191,33 @@ impl Command {
         }
     }
 
+    /// Whether proposing it a second time, after the first time was applied unnoticed, does no more than once: it names what it
+    /// makes, or the placement, start or token that it is about.
+    pub fn may_be_repeated(&self) -> bool {
+        matches!(
+            self,
+            Self::CreateVm { .. }
+                | Self::ForgetVm { .. }
+                | Self::RecordReport { .. }
+                | Self::Vm { .. }
+                | Self::PutImage(_)
+                | Self::PutKernel(_)
+        ) || matches!(self, Self::Member(command) if matches!(**command, MemberCommand::Join { .. } | MemberCommand::Announce { .. }))
+    }
+
     /// The feature level of the cluster from which on it may be proposed: before, a member could meet it that does not
     /// know it.
     pub fn level(&self) -> u32 {
         match self {
             Self::Member(command) => command.level(),
+            Self::Vm {
+                change: VmChange::Unhealthy { .. } | VmChange::Evict { why: Departure::Unhealthy, .. },
+                ..
+            } => HEALTH_LEVEL,
+            Self::Node { change: NodeChange::Down { settled: Some(_), .. }, .. } => HEALTH_LEVEL,
+            Self::CreateVm { spec, .. } if spec.health.is_some() => HEALTH_LEVEL,
+            Self::PutImage(image) if image.config.health.is_some() => HEALTH_LEVEL,
+            Self::RecordReport { observed, .. } if observed.health.is_some() => HEALTH_LEVEL,
             Self::Node { .. } | Self::Vm { .. } => PLACEMENT_LEVEL,
             // Older programs know neither the fields nor VMs that wait for a node.
             Self::CreateVm { spec, waits, .. } if *waits || asks_for_a_place(spec) => PLACEMENT_LEVEL,

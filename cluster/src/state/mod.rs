@@ -9,11 +9,14 @@
 
 pub mod address;
 pub mod apply;
+pub mod apply_health;
 pub mod apply_member;
-mod apply_node;
+pub mod apply_node;
 mod apply_place;
 pub mod command;
 pub mod invariants;
+#[cfg(test)]
+mod join_model_test;
 pub mod member;
 pub mod placement;
 pub mod records;
@@ -451,7 +454,8 @@ impl State {
 /// Bytes that a VM adds to the plan of its node, at most.
 fn vm_plan_bytes(vm: &VmRecord) -> u64 {
     let json = |length: Result<Vec<u8>, serde_json::Error>| length.map_or(0, |text| text.len());
-    let words = json(serde_json::to_vec(&vm.workload)) + json(serde_json::to_vec(&vm.spec.cmdline));
+    let health = vm.health.as_ref().map_or(0, |check| json(serde_json::to_vec(check)));
+    let words = json(serde_json::to_vec(&vm.workload)) + json(serde_json::to_vec(&vm.spec.cmdline)) + health;
     VM_PLAN_BYTES.saturating_add(u64::try_from(words).unwrap_or(u64::MAX))
 }
 

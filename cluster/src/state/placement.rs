@@ -22,6 +22,9 @@ pub struct NodeOffer {
     pub suspicion: u64,
     /// When it was declared down last, in milliseconds of Unix time.
     pub down_at_ms: u64,
+    /// Revision at which it was declared down last; 0 when that was never, or below feature level 4.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub down_revision: u64,
     /// Its agent freezes restartable VMs when its lease ends. Only then may they be started elsewhere without asking it.
     pub leased: bool,
     /// It is down because an operator said so, and vouches that nothing runs there any more.
@@ -84,6 +87,10 @@ pub enum NodeChange {
     Down {
         /// Revision of the suspicion that the voters were asked about.
         suspicion: u64,
+        /// Nodes that were declared down up to this revision were so more than a minute ago. Absent below feature level 4:
+        /// then the proposers' clocks are compared.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        settled: Option<u64>,
     },
     /// An operator says that nothing runs there any more: as many as there are, without a suspicion before, and whether or
     /// not leases were enforced.
@@ -100,8 +107,16 @@ pub struct Upkeep {
     pub leaving: Option<Leaving>,
     /// How often in a row it was started again by itself.
     pub restarts: u32,
-    /// Nodes that refused it.
+    /// Nodes that refused it, or where it did not become healthy.
     pub avoid: Vec<NodeId>,
+    /// How often it was started again on its present node without having become healthy since.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub unhealthy_starts: u64,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes references")]
+fn is_zero(count: &u64) -> bool {
+    *count == 0
 }
 
 impl Upkeep {
@@ -136,6 +151,8 @@ pub enum Departure {
     Refused,
     /// It waits for its first node.
     Waiting,
+    /// It did not become healthy there.
+    Unhealthy,
 }
 
 /// What is done with a VM besides what users ask for. Legal for the present placement only.
@@ -165,6 +182,11 @@ pub enum VmChange {
     /// It has ended and is started again by its restart policy. Without effect when this start is not the newest.
     Restart {
         /// The start that has ended.
+        start: u64,
+    },
+    /// It is unhealthy and is started again by its restart policy. Without effect when this start is not the newest.
+    Unhealthy {
+        /// The start that is unhealthy.
         start: u64,
     },
 }

@@ -11,6 +11,7 @@ use blixard_netd_api::Subnet;
 use blixard_vmm_api::ExitReason;
 use blixard_vmm_api::config::MacAddr;
 use blixard_vmm_api::guest::{Command as Workload, WorkloadExit};
+use blixard_vmm_api::health::{Health, HealthCheck};
 use serde::{Deserialize, Serialize};
 
 use super::member::NodeFacts;
@@ -250,6 +251,9 @@ pub struct Observed {
     /// How the workload ended.
     #[serde(default)]
     pub workload: Option<WorkloadExit>,
+    /// How the workload is, when it runs and is looked at.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub health: Option<Health>,
 }
 
 impl Observed {
@@ -264,6 +268,7 @@ impl Observed {
             ended_at_ms: None,
             exit: None,
             workload: None,
+            health: None,
         }
     }
 }
@@ -284,6 +289,9 @@ pub struct VmRecord {
     /// What it runs: the image's words and the spec's, merged. Absent: a shell on the console.
     #[serde(default)]
     pub workload: Option<Workload>,
+    /// How it is found out whether that does its work: the image's words and the spec's, merged.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub health: Option<HealthCheck>,
     /// Its nic, when it has one.
     #[serde(default)]
     pub nic: Option<NicRecord>,

@@ -119,7 +119,7 @@ impl Cluster {
     pub fn lose(&mut self, node: super::NodeId) -> Outcome {
         self.run(Command::Node { node, change: NodeChange::Suspect })?;
         let suspicion = self.state.node(node).unwrap().offer.suspicion;
-        self.run(Command::Node { node, change: NodeChange::Down { suspicion } })
+        self.run(Command::Node { node, change: NodeChange::Down { suspicion, settled: None } })
     }
 
     /// Applies a command.

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::exit::ExitReason;
 use crate::guest::WorkloadExit;
+use crate::health::Health;
 use crate::id::VmId;
 use crate::snapshot::{SnapshotKind, SnapshotMade};
 use crate::stats::Samples;
@@ -117,6 +118,9 @@ pub struct Status {
     /// What the guest's init says went wrong, at most 512 bytes.
     #[serde(default)]
     pub guest_problem: Option<String>,
+    /// How the workload is, when the guest was told to look.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub health: Option<Health>,
     /// When things happened.
     #[serde(default)]
     pub times: BootTimes,

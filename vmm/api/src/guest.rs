@@ -12,6 +12,7 @@ use std::net::IpAddr;
 use serde::{Deserialize, Serialize};
 
 use crate::config::{ConfigError, MacAddr, check};
+use crate::health::{Health, HealthCheck};
 
 /// Host port of the guest link.
 pub const LINK_PORT: u32 = 1024;
@@ -41,6 +42,9 @@ pub struct GuestConfig {
     /// What to run. Absent: a shell on the console.
     #[serde(default)]
     pub workload: Option<Command>,
+    /// How it is found out whether the workload does its work.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub health: Option<HealthCheck>,
 }
 
 /// The root: a shared read-only image below, the VM's own writable layer above.
@@ -141,7 +145,8 @@ impl GuestConfig {
             let known = ["erofs", "squashfs", "ext4"].contains(&root.image_fs.as_str());
             check(known, "guest.root.image_fs", || "erofs, squashfs and ext4 are possible".into())?;
         }
-        self.workload.as_ref().map_or(Ok(()), |w| w.validate("guest.workload"))
+        self.workload.as_ref().map_or(Ok(()), |w| w.validate("guest.workload"))?;
+        self.health.as_ref().map_or(Ok(()), |check| check.validate("guest.health"))
     }
 }
 
@@ -182,6 +187,8 @@ pub enum LinkRecord {
     WorkloadExited(WorkloadExit),
     /// Guest → host: what keeps init from doing its work; it powers off next.
     Problem(String),
+    /// Guest → host: the health of the workload is another one. Only from a guest that was told to look.
+    Health(Health),
     /// Host → guest: end the workload (SIGTERM, after a grace time SIGKILL), sync and power off.
     Stop,
     /// Host → guest: this VM goes on from a snapshot or is a fork; who it is now.
@@ -236,6 +243,7 @@ impl LinkRecord {
             Self::Ready => (2, vec![]),
             Self::WorkloadExited(exit) => (3, exit.to_bytes().into()),
             Self::Problem(text) => (4, text.bytes().take(Self::PAYLOAD_MAX).collect()),
+            Self::Health(health) => (5, health.encode()),
             Self::Stop => (16, vec![]),
             Self::Restored(identity) => (17, identity.encode()),
         };
@@ -262,6 +270,7 @@ impl LinkRecord {
             (2, []) => Self::Ready,
             (3, bytes) => Self::WorkloadExited(WorkloadExit::from_bytes(bytes).ok_or(wrong)?),
             (4, text) => Self::Problem(String::from_utf8_lossy(text).into_owned()),
+            (5, bytes) => Self::Health(Health::decode(bytes).ok_or(wrong)?),
             (16, []) => Self::Stop,
             (17, bytes) => Self::Restored(Identity::decode(bytes).ok_or(wrong)?),
             _ => return Err(wrong),
@@ -399,6 +408,7 @@ mod tests {
 
     use super::frame::{ExecRequest, Frame};
     use super::*;
+    use crate::health::HealthState;
 
     fn round_trip(frame: &Frame) -> Frame {
         let bytes = frame.encode(|r| serde_json::to_vec(r).ok()).unwrap();
@@ -444,6 +454,7 @@ mod tests {
             let records = [
                 LinkRecord::Started, LinkRecord::Problem(text), LinkRecord::Ready,
                 LinkRecord::WorkloadExited(WorkloadExit::Code(3)), LinkRecord::Stop,
+                LinkRecord::Health(Health { state: HealthState::Unhealthy, output: "no answer".into() }),
                 LinkRecord::Restored(Identity { unix_ns: 7, seed: [3; 32], hostname: "web-1".into() }),
             ];
             let bytes: Vec<u8> = records.iter().flat_map(LinkRecord::encode).collect();

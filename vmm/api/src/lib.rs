@@ -6,6 +6,7 @@
 //! * [`control`]: what may be asked of a running VMM, and the events it sends
 //! * [`exit`]: why a VM ended, as a value and as a process exit code
 //! * [`guest`]: what the host tells the guest at boot, and the messages between both over vsock
+//! * [`health`]: whether the workload does its work
 //! * [`rate`]: how fast a device may be
 //! * [`stats`]: what a VMM counts, and the events of its flight recorder
 #![forbid(unsafe_code)]
@@ -15,6 +16,7 @@ pub mod control;
 pub mod cpu;
 pub mod exit;
 pub mod guest;
+pub mod health;
 pub mod id;
 pub mod rate;
 pub mod snapshot;

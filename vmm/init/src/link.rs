@@ -1,6 +1,6 @@
 //! The guest link: tells the host what happened and hears when to stop.
 //!
-//! What there is to tell only grows. A connection begins with all of it from the start, so that a host that was away
+//! What there is to tell only grows, but for the health, of which the newest is told. A connection begins with all of it from the start, so that a host that was away
 //! (or a VM that was restored from a snapshot) knows as much as one that was there all the time.
 
 use std::fs::File;
@@ -46,8 +46,25 @@ struct Shared {
 struct State {
     /// Everything there is to tell, in order.
     told: Vec<LinkRecord>,
+    /// How much of it was given to the present connection.
+    taken: usize,
     /// How much of it has been written to the present connection.
     written: usize,
+}
+
+impl State {
+    fn push(&mut self, record: LinkRecord) {
+        let is_health = |record: &LinkRecord| matches!(record, LinkRecord::Health(_));
+        // So that what is kept stays small, however often it changes.
+        if is_health(&record)
+            && let Some(at) = self.told.iter().position(is_health)
+        {
+            self.told.remove(at);
+            self.taken -= usize::from(at < self.taken);
+            self.written -= usize::from(at < self.written);
+        }
+        self.told.push(record);
+    }
 }
 
 impl Shared {
@@ -83,7 +100,7 @@ impl Link {
 
     /// Tells the host, now or when it is there again.
     pub fn tell(&self, record: LinkRecord) {
-        self.shared.lock().told.push(record);
+        self.shared.lock().push(record);
         // A full pipe wakes as well as one more byte.
         let _woken = (&self.wake).write(&[1]);
     }
@@ -120,7 +137,8 @@ fn keep(shared: &Shared, woken: &PipeReader, connect: &dyn Fn() -> io::Result<Ow
             pause = PAUSE_MIN;
             // The reason does not matter: whatever it was, the answer is a new connection.
             let _ended = converse(shared, woken, File::from(connection), on_stop);
-            shared.lock().written = 0;
+            let mut state = shared.lock();
+            (state.taken, state.written) = (0, 0);
         }
         std::thread::sleep(pause);
         pause = (pause * 2).min(PAUSE_MAX);
@@ -130,17 +148,19 @@ fn keep(shared: &Shared, woken: &PipeReader, connect: &dyn Fn() -> io::Result<Ow
 /// Runs one connection until it breaks.
 fn converse(shared: &Shared, woken: &PipeReader, link: File, on_stop: &dyn Fn()) -> Result<(), LinkError> {
     set_nonblocking(&link)?;
-    let (mut inbox, mut outbox, mut taken) = (vec![], vec![], 0);
+    let (mut inbox, mut outbox) = (vec![], vec![]);
     loop {
         {
-            let state = shared.lock();
-            outbox.extend(state.told.iter().skip(taken).flat_map(LinkRecord::encode));
-            taken = state.told.len();
+            let mut state = shared.lock();
+            outbox.extend(state.told.iter().skip(state.taken).flat_map(LinkRecord::encode));
+            state.taken = state.told.len();
         }
         let written = write_some(&link, &outbox)?;
         outbox.drain(..written);
         if outbox.is_empty() {
-            shared.lock().written = taken;
+            let mut state = shared.lock();
+            state.written = state.taken;
+            drop(state);
             shared.changed.notify_all();
         }
         let wanted =
@@ -186,6 +206,7 @@ mod tests {
     use std::sync::mpsc;
 
     use blixard_vmm_api::guest::WorkloadExit;
+    use blixard_vmm_api::health::{Health, HealthState};
 
     use super::*;
 
@@ -225,6 +246,32 @@ mod tests {
         assert_eq!(next(&mut host, &mut buffer), exit);
         host.write_all(&LinkRecord::Stop.encode()).unwrap();
         assert_eq!(stopped.recv_timeout(LIMIT).unwrap(), "stop");
+    }
+
+    #[test]
+    fn of_the_health_the_newest_is_told_once_and_the_rest_stays_in_order() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("link");
+        let listener = UnixListener::bind(&path).unwrap();
+        let (stop, _stopped) = mpsc::channel();
+        let link = Link::start(move || Ok(UnixStream::connect(&path)?.into()), stop, || ()).unwrap();
+        let health = |state| LinkRecord::Health(Health { state, output: String::new() });
+        let (mut host, mut buffer) = (listener.accept().unwrap().0, vec![]);
+        link.tell(health(HealthState::Starting));
+        link.tell(LinkRecord::Ready);
+        for expected in [LinkRecord::Started, health(HealthState::Starting), LinkRecord::Ready] {
+            assert_eq!(next(&mut host, &mut buffer), expected);
+        }
+        for state in [HealthState::Healthy, HealthState::Unhealthy] {
+            link.tell(health(state));
+            assert_eq!(next(&mut host, &mut buffer), health(state));
+        }
+        assert!(link.flush(LIMIT));
+        drop(host);
+        let (mut host, mut buffer) = (listener.accept().unwrap().0, vec![]);
+        for expected in [LinkRecord::Started, LinkRecord::Ready, health(HealthState::Unhealthy)] {
+            assert_eq!(next(&mut host, &mut buffer), expected);
+        }
     }
 
     #[test]

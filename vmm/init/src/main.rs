@@ -3,7 +3,7 @@
 //! * [`modules`], [`root`], [`devices`]: kernel modules, disks, mounts
 //! * [`names`], [`network`] over [`netlink`]: host name, addresses, routes
 //! * [`link`] over [`vsock`]: what the host is told and what it says; [`identity`]: a copy becomes somebody else
-//! * [`command`] with [`users`], [`children`], [`exec`]: programs
+//! * [`command`] with [`users`], [`children`], [`exec`]: programs; [`health`]: whether the workload does its work
 //! * [`power`]: the end
 
 mod children;
@@ -11,6 +11,7 @@ mod command;
 mod console;
 mod devices;
 mod exec;
+mod health;
 mod identity;
 mod link;
 mod modules;
@@ -40,6 +41,7 @@ use children::Children;
 use command::{NotStarted, Surroundings};
 use devices::Announcements;
 use exec::Executor;
+use health::Checks;
 use link::Link;
 
 /// Most bytes of the configuration: the workload's words, and room for all else.
@@ -85,8 +87,9 @@ enum Event {
 #[derive(Default)]
 struct Guest {
     children: Option<Arc<Children>>,
-    link: Option<Link>,
+    link: Option<Arc<Link>>,
     executor: Option<Arc<Executor>>,
+    checks: Option<Arc<Checks>>,
     volume: Option<root::Volume>,
 }
 
@@ -137,6 +140,12 @@ fn live(guest: &mut Guest) -> Result<(), Problem> {
     guest.executor = Some(executor);
     let is_shell = config.workload.is_none();
     let pid = start_workload(&children, config.workload, send)?;
+    if let (Some(check), Some(link)) = (config.health, &guest.link) {
+        let link = Arc::clone(link);
+        let tell = move |health| link.tell(LinkRecord::Health(health));
+        let checks = Checks::start(check, Arc::clone(&children), tell);
+        guest.checks = Some(checks.map_err(Problem::Thread)?);
+    }
     if let Some(link) = &guest.link {
         link.tell(LinkRecord::Ready);
     }
@@ -152,7 +161,10 @@ fn load_modules(guest: &mut Guest, send: &Sender<Event>) -> Result<(), Problem> 
     let directory = Path::new("/modules");
     let order = std::fs::read_to_string(directory.join("order")).unwrap_or_default();
     let names = modules::parse_order(&order);
-    let start = || Link::start(vsock::connect_link, send.clone(), || Event::Stop).map_err(Problem::Thread);
+    let start = || {
+        let link = Link::start(vsock::connect_link, send.clone(), || Event::Stop);
+        link.map(Arc::new).map_err(Problem::Thread)
+    };
     for name in names.as_deref().unwrap_or(&[]) {
         // What needs this module says so itself.
         if let Err(error) = modules::load(directory, name) {

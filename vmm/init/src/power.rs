@@ -15,6 +15,9 @@ const STEP: Duration = Duration::from_secs(2);
 
 /// Ends everything and powers off.
 pub fn off(guest: &Guest) -> ! {
+    if let Some(checks) = &guest.checks {
+        checks.close();
+    }
     if let Some(children) = &guest.children {
         // A stopped process hears SIGTERM when it goes on; interactive shells ignore it, but not SIGHUP.
         for signal in [libc::SIGTERM, libc::SIGCONT, libc::SIGHUP] {

@@ -131,6 +131,7 @@ fn expected() -> ImageConfig {
         exposed_ports: vec!["80/tcp".into()],
         labels: [("l".to_owned(), "v".to_owned())].into(),
         stop_signal: Some("SIGQUIT".into()),
+        health: None,
     }
 }
 

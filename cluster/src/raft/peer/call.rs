@@ -99,6 +99,8 @@ pub enum Proposed {
         /// The feature level of the cluster.
         has: u32,
     },
+    /// Another leader was elected before it was agreed: it may have been applied, or may still be.
+    Discarded,
     /// The member cannot say what became of it.
     Stopped(String),
 }

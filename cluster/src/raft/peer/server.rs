@@ -258,6 +258,7 @@ impl PeerServer {
                 let answer = match self.consensus.propose_here(*proposal).await {
                     Ok((revision, outcome)) => Proposed::Applied { revision, outcome },
                     Err(ProposeError::NotLeader { leader, .. }) => Proposed::NotLeader { leader },
+                    Err(ProposeError::Discarded) => Proposed::Discarded,
                     Err(ProposeError::Level { needs, has }) => Proposed::Level { needs, has },
                     Err(error) => Proposed::Stopped(error.to_string()),
                 };
