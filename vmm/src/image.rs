@@ -12,10 +12,9 @@
 //! Mapped files must stay as they are while the VM runs; the agent's store is written once and replaces by renaming.
 
 use std::fs::File;
-use std::io;
 use std::os::fd::AsRawFd;
 
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use crate::memory::{self, LoadError};
 use crate::virtio::device::GuestMemory;
