@@ -2,8 +2,10 @@
 
 use std::path::Path;
 
-use openraft::StorageError;
+use openraft::storage::RaftStateMachine;
 use openraft::testing::log::{StoreBuilder, Suite};
+use openraft::vote::RaftLeaderId;
+use openraft::{EntryPayload, StorageError};
 use tempfile::TempDir;
 
 use super::log_store::LogStore;
@@ -28,6 +30,25 @@ impl StoreBuilder<Types, LogStore, StateStore, TempDir> for Builder {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_stores_pass_the_suite_of_openraft() {
     Suite::test_all(Builder).await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_change_is_on_the_disk_after_a_while_although_nothing_comes_after_it() {
+    let folder = TempDir::new().unwrap();
+    let storage = Folder::new(folder.path());
+    let (mut state, closed) = StateStore::open(&storage, Clock::default()).unwrap();
+    let log_id = types::LogId::new(types::LeaderId { term: 1, node_id: 1 }.to_committed(), 1);
+    let command = types::Command::new(proposal(init(16))).unwrap();
+    let entry = types::Entry { log_id, payload: EntryPayload::Normal(command) };
+    state.apply(futures::stream::iter([Ok((entry, None))])).await.unwrap();
+    let before = state.replica().state().clone();
+    // The clock of the test goes on at once.
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    drop(state);
+    closed.wait().await;
+    let (mut state, _) = StateStore::open(&storage, Clock::default()).unwrap();
+    assert_eq!(state.applied_state().await.unwrap().0, Some(log_id));
+    assert_eq!(state.replica().state().cluster(), before.cluster());
 }
 
 fn proposal(command: Command) -> Proposal {

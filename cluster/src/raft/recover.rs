@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::Path;
 
-use openraft::storage::{IOFlushed, RaftLogReader, RaftLogStorage};
+use openraft::storage::{IOFlushed, RaftLogReader, RaftLogStorage, RaftStateMachine};
 use openraft::vote::{RaftLeaderId, RaftVote};
 use openraft::{BasicNode, EntryPayload, LogId as RaftLogId, Membership};
 
@@ -35,15 +35,15 @@ pub struct Recovered {
 /// See [`ConsensusError`].
 pub async fn force_new_cluster(folder: &Path, node: NodeId) -> Result<Recovered, ConsensusError> {
     let (mut log, log_closed) = LogStore::open(&Folder::new(folder))?;
-    let (state, state_closed) = StateStore::open(&Folder::new(folder), Clock::default())?;
-    let result = rewrite(&mut log, &state, node).await;
+    let (mut state, state_closed) = StateStore::open(&Folder::new(folder), Clock::default())?;
+    let result = rewrite(&mut log, &mut state, node).await;
     drop((log, state));
     log_closed.wait().await;
     state_closed.wait().await;
     result.map_err(|error| ConsensusError::Raft { what: "rewrite the log", reason: error.to_string() })
 }
 
-async fn rewrite(log: &mut LogStore, state: &StateStore, node: NodeId) -> io::Result<Recovered> {
+async fn rewrite(log: &mut LogStore, state: &mut StateStore, node: NodeId) -> io::Result<Recovered> {
     let known = log.get_log_state().await?;
     let vote = log.read_vote().await?;
     let Some(last) = known.last_log_id else {
@@ -51,6 +51,10 @@ async fn rewrite(log: &mut LogStore, state: &StateStore, node: NodeId) -> io::Re
     };
     let term = vote.map_or(0, |vote| vote.leader_id.term).max(last.leader_id.term).saturating_add(1);
     let leader = LeaderId { term, node_id: node };
+    // The stored state may be older than the log: nodes that joined since are to be removed too.
+    let (applied, _) = state.applied_state().await?;
+    let behind = applied.map_or(0, |id| id.index.saturating_add(1));
+    state.catch_up(log.try_get_log_entries(behind..=last.index).await?)?;
     let others: Vec<(NodeId, String)> = {
         let replica = state.replica();
         let state = replica.state();

@@ -1,9 +1,9 @@
 //! The replicated state on disk: one redb record per state record, together with how far the log was applied.
 //!
-//! Applying changes the state in memory and answers; which records changed is noted. Every second or so, and before a snapshot
-//! is announced (which lets the log be cut), these records are written in one transaction and flushed: a record that changed
-//! ten times is written once. Until then the entries are durable in the log and are applied again after a crash. So a crash
-//! costs at most the repetition of some commands, and applying is deterministic.
+//! Applying changes the state in memory and answers; which records changed is noted. A second later, and before a snapshot is
+//! announced (which lets the log be cut), these records are written in one transaction and flushed: a record that changed ten
+//! times is written once. Until then the entries are durable in the log and are applied again after a start. So an end costs at
+//! most the repetition of some commands, and applying is deterministic.
 //!
 //! A snapshot is no copy: it is a read transaction, a view of the records at one instant.
 
@@ -19,13 +19,12 @@ use openraft::storage::{EntryResponder, RaftSnapshotBuilder, RaftStateMachine};
 use openraft::{EntryPayload, OptionalSend};
 use redb::{Database, Durability, ReadTransaction, ReadableDatabase, ReadableTable, TableDefinition};
 use serde::de::DeserializeOwned;
-use tokio::time::Instant;
 
 use super::db::{Closed, Db};
 use super::log_store::io_error;
 use super::replica::{Change, Changed, Replica};
 use super::storage::{self, Storage, blocking, blocking_here};
-use super::types::{Applied, LogId, SnapshotMeta, StoredMembership, Types};
+use super::types::{Applied, Entry, LogId, SnapshotMeta, StoredMembership, Types};
 use crate::clock::Clock;
 use crate::state::{Command, RecordError, RecordKey, State};
 
@@ -39,8 +38,8 @@ const SCHEMA: &str = "schema";
 const SCHEMA_VERSION: u32 = 1;
 /// Page cache of the state file in bytes. All records are in memory anyway, so it holds the pages that are written next.
 const CACHE_BYTES: usize = 24 << 20;
-/// Longest time that changes stay unwritten while more arrive.
-const WRITE_EVERY: Duration = Duration::from_secs(1);
+/// Time from a change until it is written, along with those after it.
+const WRITE_AFTER: Duration = Duration::from_secs(1);
 /// Most entries that are applied in one go: bounds how long readers wait.
 const BATCH_MAX: usize = 512;
 
@@ -80,8 +79,16 @@ struct Pending {
     applied: Option<LogId>,
     membership: StoredMembership,
     records: BTreeSet<RecordKey>,
-    /// When records were last written.
-    written: Instant,
+    /// Whether it will be written without anybody asking.
+    scheduled: bool,
+    /// Why it could not be written.
+    failed: Option<io::Error>,
+}
+
+impl Pending {
+    fn nothing(applied: Option<LogId>, membership: StoredMembership) -> Self {
+        Self { applied, membership, records: BTreeSet::new(), scheduled: false, failed: None }
+    }
 }
 
 /// The content of a snapshot.
@@ -231,9 +238,17 @@ impl StateStore {
         }
         let replica = Arc::new(Replica::new(state, clock));
         let (db, closed) = Db::new(db);
-        let pending = Pending { applied, membership, records: BTreeSet::new(), written: Instant::now() };
-        let shared = Shared { db, replica, pending: Mutex::new(pending), writing: Mutex::new(()) };
+        let pending = Mutex::new(Pending::nothing(applied, membership));
+        let shared = Shared { db, replica, pending, writing: Mutex::new(()) };
         Ok((Self { shared: Arc::new(shared) }, closed))
+    }
+
+    /// Applies entries of the log that count as agreed, outside of Raft.
+    ///
+    /// # Errors
+    /// One of them is none that this program knows.
+    pub(super) fn catch_up(&self, entries: Vec<Entry>) -> io::Result<()> {
+        self.shared.apply(entries.into_iter().map(|entry| (entry, None)).collect())
     }
 
     /// The state as the rest of the process sees it.
@@ -247,11 +262,14 @@ impl Shared {
         self.pending.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Applies a batch to the state in memory, answers, and writes when it is time.
+    /// Applies a batch to the state in memory, and answers.
     fn apply(&self, batch: Vec<EntryResponder<Types>>) -> io::Result<()> {
         let mut answers = Vec::with_capacity(batch.len());
         let mut changes = Vec::new();
         let mut pending = self.pending();
+        if let Some(error) = pending.failed.take() {
+            return Err(error);
+        }
         {
             let mut state = self.replica.state_mut();
             pending.records.extend(state.take_changed());
@@ -293,8 +311,7 @@ impl Shared {
                 answers.push((responder, applied));
             }
         }
-        let (revision, due) =
-            (pending.applied.map_or(0, |id| id.index), pending.written.elapsed() >= WRITE_EVERY);
+        let revision = pending.applied.map_or(0, |id| id.index);
         drop(pending);
         self.replica.publish(revision, changes);
         for (responder, applied) in answers {
@@ -302,11 +319,27 @@ impl Shared {
                 responder.send(applied);
             }
         }
-        // A snapshot that is being made writes what is pending, so there is nothing to wait for.
-        match self.writing.try_lock() {
-            Ok(writing) if due => self.write(&writing, false),
-            _ => Ok(()),
+        Ok(())
+    }
+
+    /// Sees to it that what is pending is written before long.
+    fn schedule(self: &Arc<Self>) {
+        if std::mem::replace(&mut self.pending().scheduled, true) {
+            return;
         }
+        // Whoever waits for the end of the database waits no longer for this.
+        let shared = Arc::downgrade(self);
+        tokio::spawn(async move {
+            tokio::time::sleep(WRITE_AFTER).await;
+            let Some(shared) = shared.upgrade() else { return };
+            shared.pending().scheduled = false;
+            let writer = Arc::clone(&shared);
+            let written = blocking(move || writer.write(&writer.writing(), false)).await;
+            if let Err(error) = written {
+                tracing::error!(%error, "the state cannot be written");
+                shared.pending().failed = Some(error);
+            }
+        });
     }
 
     fn writing(&self) -> MutexGuard<'_, ()> {
@@ -326,7 +359,6 @@ impl Shared {
             }
         }
         let (applied, membership) = (json(&pending.applied)?, json(&pending.membership)?);
-        pending.written = Instant::now();
         drop(pending);
         let commit = || -> Result<(), redb::Error> {
             let mut transaction = self.db.begin_write()?;
@@ -374,12 +406,9 @@ impl Shared {
         transaction.commit().map_err(io_error)?;
         let mut pending = self.pending();
         self.replica.replace(state);
-        *pending = Pending {
-            applied: snapshot.last_log_id,
-            membership: snapshot.last_membership.clone(),
-            records: BTreeSet::new(),
-            written: Instant::now(),
-        };
+        let scheduled = pending.scheduled;
+        let (applied, membership) = (snapshot.last_log_id, snapshot.last_membership.clone());
+        *pending = Pending { scheduled, ..Pending::nothing(applied, membership) };
         Ok(())
     }
 }
@@ -454,6 +483,7 @@ impl RaftStateMachine<Types> for StateStore {
             }
             // redb waits for the disk now and then; the other tasks of this thread go on elsewhere.
             blocking_here(|| self.shared.apply(batch))?;
+            self.shared.schedule();
         }
     }
 
