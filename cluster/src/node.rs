@@ -150,6 +150,7 @@ async fn start(
         clock: Clock::default(),
     };
     let consensus = Consensus::open(opening).await?;
+        election_timeout_ms: config.election_timeout_ms,
     let alone = tls.is_none() || consensus.is_alone();
     if alone {
         consensus.recovered().await?;

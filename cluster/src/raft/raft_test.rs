@@ -34,10 +34,14 @@ fn proposal(command: Command) -> Proposal {
     Proposal { now_ms: 1_795_000_000_000, key: None, command }
 }
 
+fn opening(storage: &Folder) -> Opening<'_> {
+    let (clock, election_timeout_ms) = (Clock::default(), ELECTION_TIMEOUT_MS);
+    Opening { storage, node: 1, founder: true, snapshot_after: 50, election_timeout_ms, way: None, clock }
+}
+
 async fn open(folder: &Path) -> Consensus {
-    let (storage, clock) = (Folder::new(folder), Clock::default());
-    let opening = Opening { storage: &storage, node: 1, founder: true, snapshot_after: 50, way: None, clock };
-    let consensus = Consensus::open(opening).await.unwrap();
+    let storage = Folder::new(folder);
+    let consensus = Consensus::open(opening(&storage)).await.unwrap();
     consensus.recovered().await.unwrap();
     consensus
 }
