@@ -28,6 +28,10 @@ test-unit: prerequisites-build ## only what runs as an ordinary process, and sma
 test-rig: prerequisites-build ## only the whole system in the rig; FILTER=name picks tests
 	sh tests/all.sh rig $(FILTER)
 
+.PHONY: test-hosts
+test-hosts: prerequisites-build ## only three hosts as one cluster, in the rig
+	sh tests/all.sh hosts
+
 .PHONY: check
 check: ## format, lints, dependency rules, documentation; reads only
 	$(CARGO) fmt --all --check

@@ -1,6 +1,6 @@
 #!/bin/sh
 # All tests, tier by tier. Each tier that cannot run here is one line with its reason, never silence.
-#   all.sh [unit|rig] [FILTER]
+#   all.sh [unit|rig|hosts] [FILTER]
 set -eu
 cd "$(dirname "$0")/.."
 only=${1:-all} filter=${2:-}
@@ -13,15 +13,31 @@ say() { printf '\n== %s\n' "$*"; }
 skip() { skipped="$skipped
 skipped: $*"; }
 
+# test_program NAME: one static file like all programs; the rig runs it as it is.
+test_program() {
+    cp -f "$($cargo test -p blixard-tests --test "$1" --no-run --message-format=json 2>/dev/null |
+        sed -n "s/.*\"executable\":\"\([^\"]*$1[^\"]*\)\".*/\1/p" | tail -n 1)" "$programs/$1"
+}
+
+# to_hosts PROGRAM FOLDER: without what only debuggers read, which is four fifths of them: emulated disks are slow.
+to_hosts() {
+    strip -g -o "$2/${1##*/}" "$1"
+}
+
+programs=$PWD/target/programs
+mkdir -p "$programs/next"
+if [ "$only" != unit ]; then
+    # A node that knows one feature level more, to upgrade to. Before the one that takes its place in the target folder.
+    $cargo build --workspace --bin blixard-node --features blixard-node/test-next-level
+    to_hosts "$bin/blixard-node" "$programs/next"
+fi
 # Init goes into every guest's memory: the small one.
 $cargo build --workspace --bins
 $cargo build --release -p blixard-init
-programs=$PWD/target/programs
-mkdir -p "$programs"
-for program in blixard blixard-agent blixard-netd blixard-node blixard-vmm; do cp -f "$bin/$program" "$programs/"; done
+for program in blixard blixard-agent blixard-netd blixard-node blixard-vmm; do to_hosts "$bin/$program" "$programs"; done
 cp -f "target/$target/release/blixard-init" "$programs/"
 
-if [ "$only" != rig ]; then
+if [ "$only" = all ] || [ "$only" = unit ]; then
     say "unit and property tests; small guests on /dev/kvm"
     $cargo test --workspace --no-fail-fast
     state=$("$bin/blixard-vmm" probe || true)
@@ -32,24 +48,31 @@ if [ "$only" != rig ]; then
 fi
 
 if [ "$only" != unit ]; then
-    say "whole system, in the rig"
+    say "the rig"
     if reason=$(sh tests/prerequisites.sh rig 2>&1) && reason=$("$bin/blixard-rig" doctor 2>&1); then
         images=$PWD/target/guest-images
         "$bin/blixard-rig" guest-images "$images"
-        # The test program is one static file like all others: the rig runs it as it is.
-        program=$($cargo test -p blixard-tests --test whole_system --no-run --message-format=json 2>/dev/null |
-            sed -n 's/.*"executable":"\([^"]*whole_system[^"]*\)".*/\1/p' | tail -n 1)
-        cp -f "$program" "$programs/whole_system"
-        "$bin/blixard-rig" run --timeout 1500 --share "$programs:/opt/blixard" --share "$images:/opt/images" -- \
-            "BLIXARD_WHOLE_SYSTEM=1 /opt/blixard/whole_system --test-threads=1 $filter"
-        if [ -z "$filter" ]; then
+        if [ "$only" != hosts ]; then
+            say "whole system, in the rig"
+            test_program whole_system
+            "$bin/blixard-rig" run --timeout 1500 --share "$programs:/opt/blixard" --share "$images:/opt/images" -- \
+                "BLIXARD_WHOLE_SYSTEM=1 /opt/blixard/whole_system --test-threads=1 $filter"
+        fi
+        if [ "$only" != hosts ] && [ -z "$filter" ]; then
             say "systemd units, in the rig"
             "$bin/blixard-rig" run --timeout 300 --share "$programs:/opt/blixard" --share "$images:/opt/images" \
                 --share "$PWD/nix/systemd:/opt/units" --share "$PWD/tests:/opt/tests" -- \
                 sh /opt/tests/systemd.sh /opt/blixard /opt/images /opt/units
         fi
+        if [ "$only" = hosts ] || [ -z "$filter" ]; then
+            say "three hosts, in the rig"
+            test_program three_hosts
+            "$bin/blixard-rig" run --hosts 3 --timeout 900 --share "$programs:/opt/blixard" \
+                --share "$images:/opt/images" --share "$PWD/nix/systemd:/opt/units" -- \
+                "BLIXARD_THREE_HOSTS=1 /opt/blixard/three_hosts $filter"
+        fi
     else
-        skip "whole system (rig): $(printf '%s' "$reason" | tr '\n' ' ')"
+        skip "whole system, three hosts (rig): $(printf '%s' "$reason" | tr '\n' ' ')"
     fi
 fi
 

@@ -27,6 +27,8 @@ const PERIOD_US: u64 = 100_000;
 const EMPTY_TIME_MAX: Duration = Duration::from_secs(5);
 /// Longest wait for the processes of a leaf to stop or go on.
 const FREEZE_TIME_MAX: Duration = Duration::from_secs(1);
+/// Time between two looks at threads that shall stop.
+const FREEZE_LOOK: Duration = Duration::from_millis(5);
 const MIB: u64 = 1 << 20;
 
 /// Why a cgroup was not made or removed.
@@ -290,13 +292,30 @@ impl CgroupTree {
     }
 
     /// Waits until they have stopped, or go on: each thread stops when it next leaves the guest, which takes it no longer
-    /// than a signal does.
+    /// than a signal does. To be called after [`CgroupTree::freeze`].
+    ///
+    /// The kernel does not say `frozen 1` while the leaf has a kernel thread, and KVM puts one into it for each VM
+    /// (`kvm-nx-lpage-recovery`, vhost workers): these do not stop, and need not. So the other threads are looked at.
     ///
     /// # Errors
     /// See [`CgroupError`].
     pub fn wait_until_frozen(&self, vm: VmId, freeze: bool) -> Result<(), CgroupError> {
-        let path = self.leaf(vm);
-        wait_for_event(&path, if freeze { "frozen 1" } else { "frozen 0" }, Instant::now() + FREEZE_TIME_MAX)
+        let (path, deadline) = (self.leaf(vm), Instant::now() + FREEZE_TIME_MAX);
+        if !freeze {
+            return wait_for_event(&path, "frozen 0", deadline);
+        }
+        loop {
+            let threads = words(&path.join("cgroup.threads")).unwrap_or_default();
+            // One that has ended runs no more.
+            let stat = |thread: &String| fs::read_to_string(format!("/proc/{thread}/stat")).ok();
+            if threads.iter().filter_map(stat).all(|stat| stands_still(&stat)) {
+                return Ok(());
+            }
+            match wait_for_event(&path, "frozen 1", deadline.min(Instant::now() + FREEZE_LOOK)) {
+                Err(CgroupError::Populated { .. }) if Instant::now() < deadline => {}
+                other => return other,
+            }
+        }
     }
 
     /// Removes the leaf, ending what is still in it; one that is not there is removed.
@@ -324,6 +343,19 @@ impl CgroupTree {
 /// the file becomes readable out of band with each change).
 fn wait_until_empty(leaf: &Path, deadline: Instant) -> Result<(), CgroupError> {
     wait_for_event(leaf, "populated 0", deadline)
+}
+
+/// Whether a thread of a leaf that was told to freeze runs no more, from `/proc/TID/stat` (`man 5 proc`): a kernel thread, or one that
+/// sleeps interruptibly or is stopped or dead. Freezing wakes every thread with a signal, which stays pending until the thread
+/// stops for it; nothing else sleeps interruptibly with a signal pending.
+fn stands_still(stat: &str) -> bool {
+    /// `PF_KTHREAD` of linux/sched.h.
+    const KERNEL_THREAD: u64 = 0x0020_0000;
+    // The name before may hold anything.
+    let mut fields = stat.rsplit_once(')').map_or("", |(_, fields)| fields).split_whitespace();
+    let state = fields.next().unwrap_or_default();
+    let flags = fields.nth(5).and_then(|flags| flags.parse::<u64>().ok()).unwrap_or_default();
+    flags & KERNEL_THREAD != 0 || matches!(state, "S" | "T" | "t" | "Z" | "X")
 }
 
 fn wait_for_event(leaf: &Path, event: &str, deadline: Instant) -> Result<(), CgroupError> {
@@ -358,6 +390,22 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    #[test]
+    fn threads_that_stand_still_are_those_that_sleep_and_those_of_the_kernel() {
+        let stat = |name: &str, state: &str, flags: u64| {
+            format!("7 ({name}) {state} 1 7 7 0 -1 {flags} 0 0 0 0 18 9")
+        };
+        assert!(stands_still(&stat("blixard-vmm", "S", 4_194_560)));
+        assert!(stands_still(&stat("kvm-nx-lpage-recovery-585", "R", 2_129_984)), "it does not freeze");
+        assert!(!stands_still(&stat("vcpu0", "R", 4_194_368)));
+        assert!(
+            !stands_still(&stat("blixard-vmm", "D", 4_194_560)),
+            "it goes on when what it waits for is there"
+        );
+        assert!(!stands_still(&stat("S) S 1 (S", "R", 4_194_560)), "a name is no state");
+        assert!(!stands_still("") && !stands_still("7 (x"));
+    }
 
     proptest! {
         #[test]

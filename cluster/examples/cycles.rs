@@ -16,7 +16,7 @@ use blixard_netd_api::Subnet;
 use blixard_node::clock::Clock;
 use blixard_node::node::FEATURE_LEVEL;
 use blixard_node::raft::storage::Folder;
-use blixard_node::raft::{Consensus, Opening};
+use blixard_node::raft::{Consensus, ELECTION_TIMEOUT_MS, Opening};
 use blixard_node::state::{Command, ImageRecord, KernelRecord, NetworkRecord, Proposal};
 
 /// Windows that are reported.
@@ -107,6 +107,7 @@ async fn main() -> Result<()> {
         node: 1,
         founder: true,
         snapshot_after: SNAPSHOT_AFTER,
+        election_timeout_ms: ELECTION_TIMEOUT_MS,
         way: None,
         clock,
     };

@@ -11,7 +11,7 @@ use blixard_node::host::renew::Renewer;
 use blixard_node::host::sync::HostSync;
 use blixard_node::images::blobs::BlobStore;
 use blixard_node::raft::peer::server::PeerServer;
-use blixard_node::raft::{Consensus, ConsensusError, Opening};
+use blixard_node::raft::{Consensus, ConsensusError, ELECTION_TIMEOUT_MS, Opening};
 use blixard_node::state::NodeId;
 use blixard_node::{liveness, upkeep};
 use tokio_util::sync::CancellationToken;
@@ -67,6 +67,7 @@ impl Node {
             node,
             founder,
             snapshot_after: SNAPSHOT_AFTER,
+            election_timeout_ms: ELECTION_TIMEOUT_MS,
             way: Some(machine.network.of(run)),
             clock: Clock::new(Arc::clone(&machine.host.clock) as Arc<dyn Time>),
         };

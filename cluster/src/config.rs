@@ -9,6 +9,8 @@ use blixard_netd_api::Subnet;
 use clap::Parser;
 use serde::Deserialize;
 
+use crate::raft::ELECTION_TIMEOUT_MS;
+
 /// The cluster process of a Blixard node. It needs no privileges: an agent on the same host does what needs them.
 #[derive(Debug, Clone, Default, Parser, Deserialize)]
 #[command(name = "blixard-node", version)]
@@ -68,6 +70,11 @@ pub struct Options {
     /// Cut the log after this many entries [default: 1000]
     #[arg(long, value_name = "ENTRIES")]
     pub snapshot_after: Option<u64>,
+    /// A voter stands for election when it has not heard of the leader for so long, or up to 40 % longer, in milliseconds; the
+    /// leader sends three to four times as often. More where hosts or the network between them are slow; the same on all
+    /// [default: 250]
+    #[arg(long, value_name = "MS")]
+    pub election_timeout: Option<u64>,
     /// File with the same settings, in TOML
     #[arg(long, value_name = "FILE")]
     #[serde(skip)]
@@ -142,8 +149,12 @@ pub struct Config {
     pub network_v6: Option<Subnet>,
     /// Log entries between snapshots.
     pub snapshot_after: u64,
+    /// Silence of the leader after which a voter stands for election, in milliseconds.
+    pub election_timeout_ms: u64,
 }
 
+/// Possible election timeouts in milliseconds. Leases (5 s) have to outlast an election.
+const ELECTION_TIMEOUTS_MS: std::ops::RangeInclusive<u64> = 100..=2_000;
 /// Most name servers (`MAXNS` of resolv.conf).
 const RESOLVERS_MAX: usize = 3;
 
@@ -178,6 +189,12 @@ impl Options {
         }
         let network_v4 = subnet("network-v4", self.network_v4.as_deref().unwrap_or("10.88.0.1/16"), true)?;
         let network_v6 = self.network_v6.map(|text| subnet("network-v6", &text, false)).transpose()?;
+        let election = self.election_timeout.unwrap_or(ELECTION_TIMEOUT_MS);
+        if !ELECTION_TIMEOUTS_MS.contains(&election) {
+            let form =
+                format!("{} to {} ms are possible", ELECTION_TIMEOUTS_MS.start(), ELECTION_TIMEOUTS_MS.end());
+            return Err(wrong("election-timeout", &election.to_string(), &form));
+        }
         Ok(Config {
             state: self.state.unwrap_or_else(|| "/var/lib/blixard/node".into()),
             agent: self.agent.unwrap_or_else(|| "/run/blixard/agent.sock".into()),
@@ -195,6 +212,7 @@ impl Options {
             network_v4,
             network_v6,
             snapshot_after: self.snapshot_after.unwrap_or(1000).max(10),
+            election_timeout_ms: election,
         })
     }
 
@@ -217,6 +235,7 @@ impl Options {
             network_v4: self.network_v4.or(file.network_v4),
             network_v6: self.network_v6.or(file.network_v6),
             snapshot_after: self.snapshot_after.or(file.snapshot_after),
+            election_timeout: self.election_timeout.or(file.election_timeout),
             config: None,
         }
     }
@@ -308,6 +327,7 @@ mod tests {
             ("--network-v4", "10.0.0.1/31"),
             ("--label", "zone"),
             ("--join", "x"),
+            ("--election-timeout", "20"),
         ] {
             assert!(Options::parse_from(["blixard-node", name, value]).complete().is_err(), "{name} {value}");
         }

@@ -19,10 +19,14 @@ static ALLOCATOR: MiMalloc = MiMalloc;
 /// Time that threads which wait for the agent have at the end: what they wait for is of no use any more.
 const END_TIME_MAX: Duration = Duration::from_millis(200);
 
+/// What is logged when `BLIXARD_LOG` says nothing else. openraft warns many times a second of a member that does not answer; that
+/// it is suspected or down, and when it is back, is said once by ourselves.
+const LOG: &str = "info,openraft=warn,openraft::raft::responder=error,openraft::core::heartbeat=error,\
+    openraft::replication=error,openraft::engine::handler::replication_handler=error";
+
 fn main() -> anyhow::Result<()> {
     let config = Options::parse().complete()?;
-    let filter = EnvFilter::try_from_env("BLIXARD_LOG")
-        .unwrap_or_else(|_| EnvFilter::new("info,openraft=warn,openraft::raft::responder=error"));
+    let filter = EnvFilter::try_from_env("BLIXARD_LOG").unwrap_or_else(|_| EnvFilter::new(LOG));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
     let runtime = runtime.context("cannot start the runtime")?;

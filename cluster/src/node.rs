@@ -44,7 +44,11 @@ use crate::state::{Command, MemberCommand, NetworkRecord, NodeId, Proposal, Refu
 const FIRST_NODE: NodeId = 1;
 /// What this program understands. 1: clusters of one node. 2: commands about the cluster itself. 3: placement and leases.
 /// 4: health checks; declarations of nodes as down are counted by the log.
-pub const FEATURE_LEVEL: u32 = HEALTH_LEVEL;
+/// A build for tests of upgrades knows one more, in which nothing is new.
+pub const FEATURE_LEVEL: u32 =
+    if cfg!(feature = "test-next-level") { HEALTH_LEVEL + 1 } else { HEALTH_LEVEL };
+#[cfg(all(feature = "test-next-level", not(debug_assertions)))]
+compile_error!("test-next-level is for tests: a cluster at that level could never run a real version again");
 /// How long a member waits at its start for a leader that confirms what it has.
 const RECOVERY_MAX: Duration = Duration::from_secs(5);
 
@@ -146,6 +150,7 @@ async fn start(
         node: tls.as_ref().map_or(FIRST_NODE, |tls| tls.identity().node),
         founder: tls.is_none(),
         snapshot_after: config.snapshot_after,
+        election_timeout_ms: config.election_timeout_ms,
         way: tls.clone().map(|tls| Arc::new(tls) as Arc<dyn Connect>),
         clock: Clock::default(),
     };

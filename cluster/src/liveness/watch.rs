@@ -174,18 +174,22 @@ impl Watch {
 
     async fn propose(&self, node: NodeId, change: NodeChange) {
         let name = self.consensus.name_of(node);
-        match &change {
-            NodeChange::Suspect => tracing::warn!(name, "a node does not answer: suspected"),
-            NodeChange::Down { .. } => {
-                let lease_ms = self.settings.lease_ms;
-                tracing::error!(name, lease_ms, "a node is down: its lease has ended, its VMs go elsewhere");
-            }
-            _ => tracing::info!(name, "a node answers again"),
-        }
-        let command = Command::Node { node, change };
+        let command = Command::Node { node, change: change.clone() };
         let proposal = Proposal { now_ms: self.consensus.clock().now_ms(), key: None, command };
         match tokio::time::timeout(PROPOSE_MAX, self.consensus.propose(proposal)).await {
-            Ok(Ok((_, Ok(_)))) => {}
+            // Not before: a leader that is cut off would say so of everybody, again and again.
+            Ok(Ok((_, Ok(_)))) => match &change {
+                NodeChange::Suspect => tracing::warn!(name, "a node does not answer: suspected"),
+                NodeChange::Down { .. } => {
+                    let lease_ms = self.settings.lease_ms;
+                    tracing::error!(
+                        name,
+                        lease_ms,
+                        "a node is down: its lease has ended, its VMs go elsewhere"
+                    );
+                }
+                _ => tracing::info!(name, "a node answers again"),
+            },
             Ok(Ok((_, Err(refusal)))) => tracing::info!(name, "not so any more: {refusal}"),
             Ok(Err(error)) => tracing::debug!(name, "cannot propose it: {error}"),
             Err(_) => tracing::debug!(name, "the proposal is not agreed in time"),

@@ -47,6 +47,8 @@ use crate::clock::Clock;
 use crate::liveness::Pulse;
 use crate::state::NodeId;
 
+/// Silence of the leader after which a voter stands for election, in milliseconds, when nothing else is said.
+pub const ELECTION_TIMEOUT_MS: u64 = 250;
 /// Longest wait for leadership and recovery after a start.
 const RECOVERY_MAX: Duration = Duration::from_secs(60);
 
@@ -114,6 +116,9 @@ pub struct Opening<'a> {
     pub founder: bool,
     /// Entries after which the log is cut.
     pub snapshot_after: u64,
+    /// Silence of the leader after which a voter stands for election, in milliseconds: [`ELECTION_TIMEOUT_MS`], or what the
+    /// operator says.
+    pub election_timeout_ms: u64,
     /// The way to other members, when there can be some.
     pub way: Option<Arc<dyn Connect>>,
     /// The clocks of this host.
@@ -137,14 +142,14 @@ fn index(id: Option<types::LogId>) -> u64 {
     id.map_or(0, |id| id.index)
 }
 
-/// How this member takes part: 75 ms between heartbeats, an election after 250 to 350 ms of silence. A member asks the
-/// others first whether they would elect it, so that one that comes back does not disturb a leader that works.
-fn settings(snapshot_after: u64) -> Config {
+/// How this member takes part: 75 ms between heartbeats, an election after 250 to 350 ms of silence, or in proportion. A member
+/// asks the others first whether they would elect it, so that one that comes back does not disturb a leader that works.
+fn settings(snapshot_after: u64, election_ms: u64) -> Config {
     Config {
         cluster_name: "blixard".into(),
-        heartbeat_interval: 75,
-        election_timeout_min: 250,
-        election_timeout_max: 350,
+        heartbeat_interval: election_ms.saturating_mul(3) / 10,
+        election_timeout_min: election_ms,
+        election_timeout_max: election_ms.saturating_mul(7) / 5,
         enable_pre_vote: Some(true),
         // A leader that comes back is elected anew. Its term would go on otherwise with what its disk kept: it does not know
         // what was agreed, and answers reads without it; and it may have lost entries that the others flushed before it did.
@@ -162,13 +167,13 @@ impl Consensus {
     /// # Errors
     /// See [`ConsensusError`].
     pub async fn open(opening: Opening<'_>) -> Result<Self, ConsensusError> {
-        let Opening { storage, node, founder, snapshot_after, way, clock } = opening;
+        let Opening { storage, node, founder, snapshot_after, election_timeout_ms, way, clock } = opening;
         let (log, log_closed) = LogStore::open(storage)?;
         let (state, state_closed) = StateStore::open(storage, clock.clone())?;
         let replica = state.replica();
         let peers = Peers::new(Arc::clone(&replica), way);
         let failed = |what| move |error: String| ConsensusError::Raft { what, reason: error };
-        let config = settings(snapshot_after).validate();
+        let config = settings(snapshot_after, election_timeout_ms).validate();
         let config = config.map_err(|e| failed("use its settings")(e.to_string()))?;
         let raft = Raft::new(node, Arc::new(config), peers.clone(), log, state).await;
         let raft = raft.map_err(|e| failed("start")(e.to_string()))?;

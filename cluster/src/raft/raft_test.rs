@@ -14,7 +14,7 @@ use super::storage::Folder;
 use super::types::Types;
 use super::*;
 use crate::state::testing::{create, image, init, kernel};
-use crate::state::{Answer, Command, Proposal};
+use crate::state::{Answer, Command, MemberCommand, Proposal};
 
 struct Builder;
 
@@ -55,10 +55,14 @@ fn proposal(command: Command) -> Proposal {
     Proposal { now_ms: 1_795_000_000_000, key: None, command }
 }
 
+fn opening(storage: &Folder) -> Opening<'_> {
+    let (clock, election_timeout_ms) = (Clock::default(), ELECTION_TIMEOUT_MS);
+    Opening { storage, node: 1, founder: true, snapshot_after: 50, election_timeout_ms, way: None, clock }
+}
+
 async fn open(folder: &Path) -> Consensus {
-    let (storage, clock) = (Folder::new(folder), Clock::default());
-    let opening = Opening { storage: &storage, node: 1, founder: true, snapshot_after: 50, way: None, clock };
-    let consensus = Consensus::open(opening).await.unwrap();
+    let storage = Folder::new(folder);
+    let consensus = Consensus::open(opening(&storage)).await.unwrap();
     consensus.recovered().await.unwrap();
     consensus
 }
@@ -118,6 +122,30 @@ async fn many_proposals_share_flushes_and_each_gets_its_own_answer() {
     let expected: Vec<String> = (1..=200).map(|n| format!("vm{n}")).collect();
     assert_eq!(names, expected);
     consensus.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_member_whose_cluster_has_a_feature_level_that_it_does_not_know_stops_and_says_why_also_when_it_is_started_again()
+ {
+    let folder = TempDir::new().unwrap();
+    let consensus = open(folder.path()).await;
+    begin(&consensus).await;
+    let level = crate::node::FEATURE_LEVEL + 1;
+    // Another program on this node, which knew more, has said so before this one was installed.
+    let raise = MemberCommand::RaiseLevel { level, node: 1, knows: level };
+    let answer = consensus.propose(proposal(Command::Member(Box::new(raise)))).await;
+    assert!(answer.is_err(), "{answer:?}");
+    let why = format!("the cluster has feature level {level}, this program knows up to {}", level - 1);
+    let stopped = consensus.stopped().await;
+    assert!(stopped.contains(&why), "{stopped}");
+    consensus.shutdown().await;
+
+    let storage = Folder::new(folder.path());
+    let text = match Consensus::open(opening(&storage)).await {
+        Ok(again) => again.stopped().await,
+        Err(error) => crate::host::chain(&error),
+    };
+    assert!(text.contains(&why), "{text}");
 }
 
 /// A log file as programs wrote it whose schema version was 1: entries as JSON.

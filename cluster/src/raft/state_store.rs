@@ -26,6 +26,7 @@ use super::replica::{Change, Changed, Replica};
 use super::storage::{self, Storage, blocking, blocking_here};
 use super::types::{Applied, Entry, LogId, SnapshotMeta, StoredMembership, Types};
 use crate::clock::Clock;
+use crate::node::FEATURE_LEVEL;
 use crate::state::{Command, RecordError, RecordKey, State};
 
 const RECORDS: TableDefinition<&str, &[u8]> = TableDefinition::new("records");
@@ -57,6 +58,14 @@ pub enum StateError {
     Newer {
         /// Version in the file.
         found: u32,
+    },
+    /// The cluster agreed on commands that this program may not know: going on, it could come to another state than the others.
+    #[error(
+        "the cluster has feature level {needs}, this program knows up to {FEATURE_LEVEL}: install a newer version"
+    )]
+    Level {
+        /// The feature level of the cluster.
+        needs: u32,
     },
 }
 
@@ -192,6 +201,14 @@ fn record_error(error: RecordError) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, error)
 }
 
+/// Whether this program knows all that the cluster may have agreed on.
+fn check_level(state: &State) -> Result<(), StateError> {
+    match state.cluster().map(|cluster| cluster.feature_level) {
+        Some(needs) if needs > FEATURE_LEVEL => Err(StateError::Level { needs }),
+        _ => Ok(()),
+    }
+}
+
 fn json<T: serde::Serialize>(value: &T) -> io::Result<Vec<u8>> {
     serde_json::to_vec(value).map_err(io::Error::other)
 }
@@ -231,6 +248,7 @@ impl StateStore {
             Ok((state, applied, membership))
         };
         let (state, applied, membership) = read().map_err(StateError::Read)?;
+        check_level(&state)?;
         let broken = crate::state::invariants::broken(&state);
         if !broken.is_empty() {
             let text = format!("not true of the stored state: {}", broken.join("; "));
@@ -274,8 +292,7 @@ impl Shared {
             let mut state = self.replica.state_mut();
             pending.records.extend(state.take_changed());
             for (entry, responder) in batch {
-                let index = entry.log_id.index;
-                pending.applied = Some(entry.log_id);
+                let (log_id, index) = (entry.log_id, entry.log_id.index);
                 let applied = match entry.payload {
                     EntryPayload::Blank => {
                         state.advance(index);
@@ -308,6 +325,9 @@ impl Shared {
                         Applied::Command(Box::new(outcome))
                     }
                 };
+                // Only now: a snapshot that is being made writes it, and an entry that counts as applied is never looked at again.
+                pending.applied = Some(log_id);
+                check_level(&state).map_err(io::Error::other)?;
                 answers.push((responder, applied));
             }
         }
@@ -389,6 +409,7 @@ impl Shared {
     fn replace(&self, snapshot: &SnapshotMeta, data: &SnapshotData) -> io::Result<()> {
         // First a look at all of it: what is damaged replaces nothing.
         let state = state_of(snapshot.last_log_id.map_or(0, |id| id.index), data)?;
+        check_level(&state).map_err(io::Error::other)?;
         let (applied, membership) = (json(&snapshot.last_log_id)?, json(&snapshot.last_membership)?);
         let _writing = self.writing();
         let mut transaction = self.db.begin_write().map_err(io_error)?;
