@@ -101,7 +101,7 @@ async fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [folder, cycles, clients] = arguments.as_slice() else { bail!("cycles FOLDER CYCLES CLIENTS") };
     let (folder, cycles, clients): (PathBuf, u64, u64) = (folder.into(), cycles.parse()?, clients.parse()?);
-    let (storage, clock) = (Folder::new(&folder), Clock::default());
+    let (storage, clock) = (Folder::make(&folder)?, Clock::default());
     let opening = Opening {
         storage: &storage,
         node: 1,
