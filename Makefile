@@ -28,6 +28,10 @@ test-unit: prerequisites-build ## only what runs as an ordinary process, and sma
 test-rig: prerequisites-build ## only the whole system in the rig; FILTER=name picks tests
 	sh tests/all.sh rig $(FILTER)
 
+.PHONY: test-kernels
+test-kernels: prerequisites-build ## stock kernels (Debian's cloud, generic, backports) under load through snapshot, restore and fork
+	sh tests/kernels.sh cloud generic backports
+
 .PHONY: check
 check: ## format, lints, dependency rules, documentation; reads only
 	$(CARGO) fmt --all --check
