@@ -32,6 +32,10 @@ test-rig: prerequisites-build ## only the whole system in the rig; FILTER=name p
 test-hosts: prerequisites-build ## only three hosts as one cluster, in the rig
 	sh tests/all.sh hosts
 
+.PHONY: test-kernels
+test-kernels: prerequisites-build ## stock kernels (Debian's cloud, generic, backports) under load through snapshot, restore and fork
+	sh tests/kernels.sh cloud generic backports
+
 .PHONY: check
 check: ## format, lints, dependency rules, documentation; reads only
 	$(CARGO) fmt --all --check

@@ -25,7 +25,7 @@ case $state in
     echo "benchmarks run in the rig (emulated processor: compare ratios, not times), because: $state"
     mkdir -p target/bench target/bench/peer
     [ -z "${FIRECRACKER:-}" ] || cp -f "$FIRECRACKER" target/bench/peer/firecracker
-    "$bin/blixard-rig" run --timeout 1800 --share "$bin:/opt/blixard" --share "$images:/opt/images" \
+    "$bin/blixard-rig" run --timeout 3600 --share "$bin:/opt/blixard" --share "$images:/opt/images" \
         --share "$PWD/bench:/opt/bench" --share "$PWD/target/bench:/opt/out" -- \
         "export PATH=/opt/blixard:\$PATH IMAGES=/opt/images OUT=/opt/out STATE=/var/tmp/bench/state \
             ${FIRECRACKER:+FIRECRACKER=/opt/out/peer/firecracker}; $inside"

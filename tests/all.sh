@@ -59,6 +59,8 @@ if [ "$only" != unit ]; then
                 "BLIXARD_WHOLE_SYSTEM=1 /opt/blixard/whole_system --test-threads=1 $filter"
         fi
         if [ "$only" != hosts ] && [ -z "$filter" ]; then
+            say "a stock kernel under load, in the rig"
+            sh tests/kernels.sh cloud
             say "systemd units, in the rig"
             "$bin/blixard-rig" run --timeout 300 --share "$programs:/opt/blixard" --share "$images:/opt/images" \
                 --share "$PWD/nix/systemd:/opt/units" --share "$PWD/tests:/opt/tests" -- \

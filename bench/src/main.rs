@@ -42,6 +42,8 @@ enum Bench {
     Vmm(vmm::Options),
     /// A stock kernel up to its init, beside Firecracker when it is given. Needs a /dev/kvm that runs Linux.
     Kernel(vmm::kernel::Options),
+    /// Disk and network of a stock kernel, beside Firecracker when it is given. Needs a /dev/kvm that runs Linux.
+    Io(vmm::throughput::Options),
     /// Placements per second, and how long one takes. No node is needed.
     Place(place::Options),
     /// Three voters on this machine: durable writes, linearizable reads, leader killed. Starts them itself.
@@ -63,6 +65,9 @@ fn main() -> ExitCode {
         Bench::Kernel(options) => vmm::kernel::run(options, out)
             .and_then(|t| Ok(t.show_and_write(out, "kernel")?))
             .map_err(Into::into),
+        Bench::Io(options) => {
+            vmm::throughput::run(options, out).and_then(|t| Ok(t.show_and_write(out, "io")?)).map_err(Into::into)
+        }
         Bench::Place(options) => {
             place::run(options).and_then(|t| Ok(t.show_and_write(out, "place")?)).map_err(Into::into)
         }

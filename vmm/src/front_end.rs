@@ -12,6 +12,7 @@ use blixard_vmm_api::config::{
     BalloonConfig, ConsoleConfig, DiskConfig, MacAddr, NicConfig, PmemConfig, VsockConfig,
 };
 use blixard_vmm_api::cpu::CpuBaseline;
+use blixard_vmm_api::guest::GuestConfig;
 use blixard_vmm_api::rate::RateLimit;
 use blixard_vmm_api::snapshot::{MemoryConfig, Paging, RestoreConfig, SnapshotFiles};
 use blixard_vmm_api::{ExitReason, VmConfig, VmId};
@@ -43,6 +44,8 @@ pub struct Options {
     memory_options: MemoryConfig,
     /// Path of a baseline.
     cpu: Option<String>,
+    /// Path of what `blixard-init` is told.
+    guest: Option<String>,
 }
 
 /// The opened files of a snapshot, state and memory, after those of what it is based on.
@@ -86,6 +89,7 @@ impl Options {
                     options.snapshots.insert(at, files);
                 }
                 "--cpu" => options.cpu = Some(value()?),
+                "--guest" => options.guest = Some(value()?),
                 "--userfault" => options.paging = Paging::Userfault,
                 "--working-set" => options.working_set = Some(value()?),
                 "--clock-went-on" => options.clock_went_on = true,
@@ -179,7 +183,7 @@ impl Options {
             kernel: String::new(),
             initramfs: None,
             cmdline: self.cmdline.clone(),
-            guest: None,
+            guest: self.guest.as_deref().map(json::<GuestConfig>).transpose()?,
             disks: vec![],
             nics: vec![],
             vsock: None,
@@ -192,7 +196,7 @@ impl Options {
             exit_record: None,
             boot_timer: self.boot_timer,
             memory: self.memory_options,
-            cpu: self.cpu.as_deref().map(baseline).transpose()?,
+            cpu: self.cpu.as_deref().map(json::<CpuBaseline>).transpose()?,
             restore: None,
             descriptors: BTreeMap::new(),
         };
@@ -300,7 +304,8 @@ fn host(what: &str, error: &io::Error) -> ExitReason {
     ExitReason::HostProblem { detail: format!("{what}: {error}") }
 }
 
-fn baseline(path: &str) -> Result<CpuBaseline, ExitReason> {
+/// What a file says as JSON.
+fn json<T: serde::de::DeserializeOwned>(path: &str) -> Result<T, ExitReason> {
     let text = std::fs::read(path).map_err(|error| error.to_string());
     let read = text.and_then(|text| serde_json::from_slice(&text).map_err(|error| error.to_string()));
     read.map_err(|error| ExitReason::BadConfig { detail: format!("{path}: {error}") })

@@ -41,7 +41,7 @@ blixard-vmm run --kernel PATH    run a VM on this terminal; all paths are opened
     [--initramfs PATH] [--cmdline TEXT] [--vcpus N] [--memory MIB]
     [--disk PATH[,ro]]... [--pmem PATH[,ro]]... [--tap NAME[,QUEUES][,vhost]]... [--vsock PATH,CID] [--rng]
     [--balloon MIB[,oom][,reporting][,hinting][,statistics=SECONDS]]
-    [--control PATH] [--boot-timer] [--no-stdin] [--log-syscalls]
+    [--guest CONFIG] [--control PATH] [--boot-timer] [--no-stdin] [--log-syscalls]
     [--cpu BASELINE] [--track-writes] [--huge-pages] [--thp] [--merge] [--fork-ready]
 blixard-vmm run --restore STATE,MEMORY [--base STATE,MEMORY]...
     run a VM from a snapshot, with devices as above; a diff needs the snapshots that it is based on, oldest first

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 
-use super::program::{Peer, Running, Shape};
+use super::program::{Devices, Peer, Running, Shape};
 use super::{VmmError, ms, programs};
 use crate::compare::{Better, Comparison};
 
@@ -108,6 +108,7 @@ pub fn run(options: &Options, out: &Path) -> Result<Comparison, VmmError> {
         initramfs: Some(archive),
         cmdline: options.cmdline.clone(),
         memory_mib: options.memory,
+        devices: Devices::default(),
     };
     let programs = programs(&options.vmm, options.peer.as_ref());
     let mut table = Comparison::new("kernel: a stock kernel up to its init, 1 vCPU", options.peer.is_some());

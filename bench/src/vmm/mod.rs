@@ -5,10 +5,12 @@
 //! * [`start`], [`footprint`], [`snapshot`]: the rows
 //! * [`talk`]: what running VMs are asked
 //! * [`kernel`]: a stock kernel instead of a small guest
+//! * [`throughput`]: disk and network of a stock kernel
 
 pub mod guest;
 pub mod kernel;
 pub mod program;
+pub mod throughput;
 
 mod footprint;
 mod snapshot;
@@ -24,7 +26,7 @@ use clap::Args;
 
 use crate::compare::{CompareError, Comparison};
 use guest::Guest;
-use program::{Kind, Peer, Program, Shape};
+use program::{Devices, Kind, Peer, Program, Shape};
 
 /// What to compare, how often.
 #[derive(Debug, Args)]
@@ -141,7 +143,8 @@ impl Bench<'_> {
     fn shape(&self, guest: Guest) -> Result<Shape, VmmError> {
         let kernel = self.folder.join(format!("{guest:?}.elf"));
         fs::write(&kernel, guest.elf()).map_err(|e| VmmError::file(&kernel, e))?;
-        Ok(Shape { kernel, initramfs: None, cmdline: "reboot=k panic=-1".into(), memory_mib: 128 })
+        let cmdline = "reboot=k panic=-1".into();
+        Ok(Shape { kernel, initramfs: None, cmdline, memory_mib: 128, devices: Devices::default() })
     }
 }
 

@@ -51,6 +51,23 @@ pub struct Shape {
     pub cmdline: String,
     /// Memory in MiB.
     pub memory_mib: u32,
+    /// Disks and nic.
+    pub devices: Devices,
+}
+
+/// Devices of a VM, and how a program does them where it has a choice.
+#[derive(Debug, Clone, Default)]
+pub struct Devices {
+    /// Backings of disks, and whether they are read-only.
+    pub disks: Vec<(PathBuf, bool)>,
+    /// The tap of a nic.
+    pub tap: Option<String>,
+    /// Ours: the kernel passes the frames of the nic.
+    pub vhost: bool,
+    /// Firecracker: devices on a PCI bus instead of virtio-mmio.
+    pub pci: bool,
+    /// Firecracker: disks by io_uring instead of one call after the other.
+    pub async_disks: bool,
 }
 
 /// One of the programs.
@@ -86,12 +103,20 @@ impl Program {
 
     fn start(&self, shape: &Shape, folder: &Path) -> Result<Command, VmmError> {
         let mut command = Command::new(&self.path);
+        let devices = &shape.devices;
         match self.kind {
             Kind::Blixard => {
                 command.args(["run", "--no-stdin", "--boot-timer", "--cmdline", &shape.cmdline]);
                 command.arg("--memory").arg(shape.memory_mib.to_string()).arg("--kernel").arg(&shape.kernel);
                 if let Some(initramfs) = &shape.initramfs {
                     command.arg("--initramfs").arg(initramfs);
+                }
+                for (path, read_only) in &devices.disks {
+                    let mode = if *read_only { ",ro" } else { "" };
+                    command.arg("--disk").arg(format!("{}{mode}", path.display()));
+                }
+                if let Some(tap) = &devices.tap {
+                    command.arg("--tap").arg(format!("{tap}{}", if devices.vhost { ",vhost" } else { "" }));
                 }
             }
             Kind::Firecracker => {
@@ -102,15 +127,27 @@ impl Program {
                 if let (Some(initramfs), Some(fields)) = (&shape.initramfs, source.as_object_mut()) {
                     fields.insert("initrd_path".into(), serde_json::json!(initramfs));
                 }
+                let engine = if devices.async_disks { "Async" } else { "Sync" };
+                let drives = (0..).zip(&devices.disks).map(|(number, (path, read_only))| {
+                    serde_json::json!({"drive_id": format!("disk{number}"), "path_on_host": path, "is_root_device": false,
+                        "is_read_only": read_only, "io_engine": engine})
+                });
+                let nics = devices.tap.iter().map(|tap| {
+                    serde_json::json!({"iface_id": "nic0", "guest_mac": "52:54:00:00:00:00", "host_dev_name": tap})
+                });
                 let config = serde_json::json!({
                     "boot-source": source,
-                    "drives": [],
+                    "drives": drives.collect::<Vec<_>>(),
+                    "network-interfaces": nics.collect::<Vec<_>>(),
                     "machine-config": {"vcpu_count": 1, "mem_size_mib": shape.memory_mib},
                 });
                 let path = folder.join("firecracker.json");
                 fs::write(&path, config.to_string()).map_err(|e| VmmError::file(&path, e))?;
                 command.args(["--boot-timer", "--level", "Error", "--log-path", "/dev/null"]);
                 command.arg("--config-file").arg(path);
+                if devices.pci {
+                    command.arg("--enable-pci");
+                }
             }
         }
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
@@ -149,6 +186,21 @@ impl Running {
                 let end = at.saturating_add(text.len());
                 self.heard = self.heard.get(end..).unwrap_or_default().to_owned();
                 return Ok(self.begun.elapsed());
+            }
+            if self.last || !self.read()? {
+                return Err(VmmError::Silent { text: text.into(), heard: self.heard.clone() });
+            }
+        }
+    }
+
+    /// Reads until a line with `text` is complete; what follows `text` in it.
+    pub fn hears_line(&mut self, text: &str) -> Result<String, VmmError> {
+        self.hears(text)?;
+        loop {
+            if let Some((line, rest)) = self.heard.split_once('\n') {
+                let (line, rest) = (line.trim().to_owned(), rest.to_owned());
+                self.heard = rest;
+                return Ok(line);
             }
             if self.last || !self.read()? {
                 return Err(VmmError::Silent { text: text.into(), heard: self.heard.clone() });

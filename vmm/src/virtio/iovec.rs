@@ -191,6 +191,19 @@ impl IoVecs {
     }
 }
 
+/// Notes that the kernel has filled what `writer` has left, for snapshots.
+///
+/// # Errors
+/// Guest memory went away.
+pub fn mark_filled(memory: &GuestMemory, mut writer: Writer<'_>) -> Result<(), ChainError> {
+    while let Some(segment) = writer.next_segment(usize::MAX) {
+        let length = segment.length as usize;
+        let slice = memory.get_slice(segment.address, length).map_err(ChainError::Memory)?;
+        slice.bitmap().mark_dirty(0, length);
+    }
+    Ok(())
+}
+
 fn count_of(result: isize) -> io::Result<usize> {
     usize::try_from(result).map_err(|_| io::Error::last_os_error())
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::chain::{Chain, ChainError};
 use super::device::GuestMemory;
-use super::iovec::IoVecs;
+use super::iovec::{self, IoVecs};
 use super::net_tap::{FRAME_MAX, HEADER, Outcome, Tap};
 use super::queue::{Queue, QueueError};
 use super::rate::Limiter;
@@ -274,6 +274,8 @@ impl ToGuest {
             self.room.drop_front(chain.writable_pieces());
             let filled = rest.min(chain.writable_length());
             rest -= filled;
+            // It was marked when it was taken; but it may have been held over a snapshot, which has taken the marks.
+            iovec::mark_filled(&self.memory, chain.writer(&self.memory).split(filled as usize)?)?;
             self.queue.add_used(chain, filled)?;
         }
         host.counts.received += 1;

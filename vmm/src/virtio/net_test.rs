@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use blixard_vmm_api::config::MacAddr;
 use proptest::prelude::*;
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::device::Device;
 use super::guest_driver::{Buffer, Machine};
@@ -157,6 +158,40 @@ fn the_configuration_tells_address_link_and_mtu() {
     let mut config = [0; 16];
     card.machine.device.config().read(0, &mut config);
     assert_eq!(config, [0x52, 0x54, 0, 1, 2, 3, 1, 0, 1, 0, 0xdc, 5, 0, 0, 0, 0]);
+}
+
+/// Pages that were noted as written since they were asked for last, by number.
+fn take_noted(card: &Card) -> Vec<u64> {
+    let mut words = vec![0u64; 1 << 10];
+    for region in card.machine.memory.iter() {
+        let map = region.bitmap().map();
+        map.track(usize::try_from(region.len()).unwrap());
+        map.take_into(&mut words);
+    }
+    (0..64 * words.len() as u64).filter(|page| words[(page / 64) as usize] >> (page % 64) & 1 == 1).collect()
+}
+
+#[test]
+fn what_a_frame_fills_is_noted_also_in_buffers_that_were_held_over_a_snapshot() {
+    let (mut card, tap) = Card::on_socket(MRG_RXBUF | GUEST_CSUM | GUEST_TSO4, true);
+    take_noted(&card);
+    for _ in 0..60 {
+        assert!(card.offer(1536));
+    }
+    card.settle();
+    let offered = card.rx.clone();
+    take_noted(&card);
+    assert!(give(&tap, &frame(0, 9000)));
+    card.settle();
+    assert_eq!(card.count("received_copied"), 0);
+    let filled: Vec<u64> = offered
+        .iter()
+        .filter(|(head, _)| !card.rx.contains_key(head))
+        .map(|(_, (at, _))| at / 4096)
+        .collect();
+    assert_eq!(filled.len(), 6);
+    let noted = take_noted(&card);
+    assert!(filled.iter().all(|page| noted.contains(page)), "{filled:?} {noted:?}");
 }
 
 #[test]
