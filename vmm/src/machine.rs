@@ -32,6 +32,7 @@ use crate::interrupt::Routes;
 use crate::kvm::{KvmError, Vm};
 use crate::layout;
 use crate::mailbox::Mailbox;
+use crate::memory::dirty::DirtyMap;
 use crate::memory::ram::Ram;
 use crate::memory::userfault::Userfault;
 use crate::memory::{self, MemoryError};
@@ -187,6 +188,8 @@ pub struct Assembled<'a> {
     vcpus: Vec<VcpuFd>,
     ram: Ram,
     userfault: Option<Userfault>,
+    /// The pages that were used since a restore, when they are noted.
+    used: Option<Arc<DirtyMap>>,
     bus: Arc<Bus>,
     poll: Poll,
     console: Console,
@@ -202,6 +205,7 @@ pub struct Loaded<'a> {
     assembled: Assembled<'a>,
     begin: Begin,
     guest_ready: bool,
+    signals: OwnedFd,
 }
 
 /// A machine whose vCPUs wait to be let go.
@@ -264,6 +268,7 @@ impl<'a> Assembled<'a> {
             template,
             vcpus,
             ram,
+            used: userfault.as_ref().map(Userfault::used),
             userfault,
             bus,
             poll,
@@ -278,9 +283,17 @@ impl<'a> Assembled<'a> {
 
     /// Loads kernel, initramfs and boot structures; or the state of a snapshot.
     ///
+    /// With `log_only` filters only log.
+    ///
     /// # Errors
     /// They are refused or do not fit.
-    pub fn load(mut self) -> Result<Loaded<'a>, StartError> {
+    pub fn load(mut self, log_only: bool) -> Result<Loaded<'a>, StartError> {
+        // Before the first thread, which inherits it.
+        let signals = block_signals().map_err(set("signals"))?;
+        if let Some(userfault) = self.userfault.take() {
+            // From here on somebody answers page faults: with the registers of a vCPU the kernel writes a guest's clock.
+            userfault.start(self.bus.mailbox.clone(), log_only).map_err(RestoreError::Userfault)?;
+        }
         let (begin, guest_ready) = match &mut self.from {
             Source::Kernel { kernel, initramfs } => {
                 generation::renew(self.ram.memory())?;
@@ -296,7 +309,7 @@ impl<'a> Assembled<'a> {
                 (Begin::Restored, restore.finish()?)
             }
         };
-        Ok(Loaded { assembled: self, begin, guest_ready })
+        Ok(Loaded { assembled: self, begin, guest_ready, signals })
     }
 }
 
@@ -343,16 +356,12 @@ impl Loaded<'_> {
     /// # Errors
     /// The host refuses threads or filters.
     pub fn start(self, log_only: bool) -> Result<Running, StartError> {
-        let Self { assembled, begin, guest_ready } = self;
+        let Self { assembled, begin, guest_ready, signals } = self;
         let Assembled { config, vm, template, vcpus, ram, bus, poll, console, control, slots, guest, .. } =
             assembled;
-        let used = assembled.userfault.as_ref().map(Userfault::used);
+        let used = assembled.used;
         let ask_stop = assembled.ask_stop;
-        let signals = block_signals().map_err(set("signals"))?;
         vcpu::catch_kicks()?;
-        if let Some(userfault) = assembled.userfault {
-            userfault.start(bus.mailbox.clone(), log_only).map_err(RestoreError::Userfault)?;
-        }
         let vcpus = Vcpus::start(vcpus, &begin, &bus, log_only)?;
         guest.restore(guest_ready);
         let parts = Parts {

@@ -187,7 +187,7 @@ fn run(config: VmConfig, mut given: Descriptors, times: Arc<Times>, log_only: bo
         record_panics(file.as_raw_fd(), config.vm);
     }
     let started =
-        Assembled::new(&config, given, times).and_then(Assembled::load).and_then(|l| l.start(log_only));
+        Assembled::new(&config, given, times).and_then(|a| a.load(log_only)).and_then(|l| l.start(log_only));
     let (reason, (workload, guest_problem), events) = match started {
         Ok(mut running) => {
             let reason = running.run();

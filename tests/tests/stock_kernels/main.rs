@@ -159,8 +159,8 @@ fn loses_nothing(kernel: &str) {
 
     let (full_files, diff_files) = (files("full"), files("diff"));
     for (name, disks, words) in [
-        ("restored-full", &full, vec!["run", "--restore", &full_files, "--userfault"]),
         ("restored-diff", &diff, vec!["run", "--restore", &diff_files, "--base", &full_files]),
+        ("restored-full", &full, vec!["run", "--restore", &full_files, "--userfault"]),
     ] {
         let net = Net::new(name);
         let vm = start(&net, name, &words, disks, "");

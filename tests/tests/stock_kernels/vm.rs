@@ -162,10 +162,14 @@ impl Vm {
         }
     }
 
-    /// The end of what it printed.
+    /// The end of what it printed, and where its threads are.
     pub fn said(&self) -> String {
         let said = std::fs::read(&self.console).unwrap_or_default();
-        String::from_utf8_lossy(&said[said.len().saturating_sub(6000)..]).into_owned()
+        let said = String::from_utf8_lossy(&said[said.len().saturating_sub(6000)..]).into_owned();
+        let stacks =
+            format!("cd /proc/{}/task; for t in *; do cat $t/comm $t/stack; done", self.process.id());
+        let stacks = Command::new("sh").args(["-c", &stacks]).output().unwrap();
+        said + &String::from_utf8_lossy(&stacks.stdout)
     }
 }
 
@@ -173,7 +177,8 @@ impl Drop for Vm {
     fn drop(&mut self) {
         // For a child of a fork the process is the one that waits for it.
         let control = self.control.clone();
-        let _ = Command::new(format!("{PROGRAMS}/blixard-vmm")).arg("kill").arg(control).output();
+        let kill = [&format!("{PROGRAMS}/blixard-vmm"), "kill"];
+        let _ = Command::new("timeout").arg("10").args(kill).arg(control).output();
         let _ = self.process.kill();
         let _ = self.process.wait();
     }

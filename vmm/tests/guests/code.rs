@@ -396,6 +396,38 @@ guest!(
     "jmp 6b",
 );
 
+// Has its clock (MSR_KVM_SYSTEM_TIME_NEW) and the time of its start (MSR_KVM_WALL_CLOCK_NEW) in memory, as Linux has, and prints
+// letters.
+guest!(
+    has_a_clock, clock_start, clock_end, pvh: true,
+    ".code32",
+    "xor edx, edx",
+    "mov ecx, 0x4b564d00",
+    "mov eax, 0x501000",
+    "wrmsr",
+    "mov ecx, 0x4b564d01",
+    "mov eax, 0x500001",
+    "wrmsr",
+    "xor ebp, ebp",
+    "2: mov eax, ebp",
+    "xor edx, edx",
+    "mov ecx, 26",
+    "div ecx",
+    "lea ebx, [edx + 0x41]",
+    "3: mov dx, 0x3fd",
+    "in al, dx",
+    "test al, 0x20",
+    "jz 3b",
+    "mov dx, 0x3f8",
+    "mov al, bl",
+    "out dx, al",
+    "inc ebp",
+    "mov ecx, 300",
+    "4: dec ecx",
+    "jnz 4b",
+    "jmp 2b",
+);
+
 // Prints the lower half of IA32_ARCH_CAPABILITIES: a letter from a to p per four bits, the highest first.
 guest!(
     prints_capabilities, capabilities_start, capabilities_end, pvh: true,

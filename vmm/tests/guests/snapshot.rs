@@ -298,6 +298,19 @@ fn pages_come_by_faults_and_a_recorded_working_set_comes_first() {
     }
 }
 
+#[test]
+fn a_guest_whose_clock_lies_in_its_memory_goes_on_by_faults() {
+    if possible() && File::options().read(true).write(true).open("/dev/userfaultfd").is_ok() {
+        let vm = Vm::run_file(&code::has_a_clock().elf_of(300_000), &["--control", "DIR/control"]);
+        hundred(&vm);
+        let (snapshot, _) = Snapshot::take(&vm.control(), SnapshotKind::Full);
+        kill(vm);
+        let again = restore(&snapshot, &[], &["--userfault"]);
+        hundred(&again);
+        kill(again);
+    }
+}
+
 /// Sections of a state file: name, place of the content, its length.
 pub fn sections(state: &[u8]) -> Vec<(String, usize, usize)> {
     let (mut at, mut found) = (24, vec![]);
