@@ -65,9 +65,9 @@ fn main() -> ExitCode {
         Bench::Kernel(options) => vmm::kernel::run(options, out)
             .and_then(|t| Ok(t.show_and_write(out, "kernel")?))
             .map_err(Into::into),
-        Bench::Io(options) => {
-            vmm::throughput::run(options, out).and_then(|t| Ok(t.show_and_write(out, "io")?)).map_err(Into::into)
-        }
+        Bench::Io(options) => vmm::throughput::run(options, out)
+            .and_then(|t| Ok(t.show_and_write(out, "io")?))
+            .map_err(Into::into),
         Bench::Place(options) => {
             place::run(options).and_then(|t| Ok(t.show_and_write(out, "place")?)).map_err(Into::into)
         }

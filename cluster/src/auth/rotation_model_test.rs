@@ -294,12 +294,12 @@ impl Explorer {
         if self.story.joins {
             let joined = world.nodes.iter().any(|(node, _)| *node == THIRD);
             // Asked for again as long as the answer is lost.
-            if !joined {
-                if let Some(mut next) = self.append(world, Step::Join, |model| model.join("third", THIRD)) {
-                    let trust = self.states[*next.log.last().unwrap()].trust().unwrap().clone();
-                    next.admission = Some(self.admit(THIRD, &trust));
-                    all.push(next);
-                }
+            if !joined
+                && let Some(mut next) = self.append(world, Step::Join, |model| model.join("third", THIRD))
+            {
+                let trust = self.states[*next.log.last().unwrap()].trust().unwrap().clone();
+                next.admission = Some(self.admit(THIRD, &trust));
+                all.push(next);
             }
             if let Some(files) = world.admission {
                 let mut next = world.clone();
