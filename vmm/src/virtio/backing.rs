@@ -52,7 +52,6 @@ pub struct Backing {
     size: u64,
     block_size: u32,
     is_device: bool,
-    is_cached: bool,
     can_discard: bool,
 }
 
@@ -68,9 +67,9 @@ impl Backing {
         if !is_device && !metadata.file_type().is_file() {
             return Err(BackingError::Kind);
         }
-        let is_cached = check_flags(&file, read_only)? & (libc::O_DIRECT | libc::O_DSYNC) == 0;
+        check_flags(&file, read_only)?;
         let (size, block_size) = measure(&file, is_device)?;
-        let mut backing = Self { file, size, block_size, is_device, is_cached, can_discard: false };
+        let mut backing = Self { file, size, block_size, is_device, can_discard: false };
         backing.can_discard = !read_only && backing.probe_discard();
         Ok(backing)
     }
@@ -97,11 +96,6 @@ impl Backing {
     /// Logical block size in bytes.
     pub fn block_size(&self) -> u32 {
         self.block_size
-    }
-
-    /// Whether a write is done when the host's page cache has it.
-    pub fn is_cached(&self) -> bool {
-        self.is_cached
     }
 
     /// Whether [`Self::discard`] does something.
@@ -199,8 +193,7 @@ fn answer(result: libc::c_int) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Its flags, when they are such that it can be used.
-fn check_flags(file: &File, read_only: bool) -> Result<libc::c_int, BackingError> {
+fn check_flags(file: &File, read_only: bool) -> Result<(), BackingError> {
     // SAFETY: F_GETFL takes no argument and no memory of ours.
     let flags = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) };
     answer(flags.min(0)).map_err(|e| BackingError::Ask("how it is open", e))?;
@@ -214,7 +207,7 @@ fn check_flags(file: &File, read_only: bool) -> Result<libc::c_int, BackingError
     if !read_only && flags & libc::O_APPEND != 0 {
         return Err(BackingError::Append);
     }
-    Ok(flags)
+    Ok(())
 }
 
 /// Size and logical block size in bytes.

@@ -1,8 +1,7 @@
 //! Read, write and flush on a backing: many at once by io_uring, or one after the other with `preadv` and `pwritev` where
 //! the kernel has no io_uring for us (`kernel.io_uring_disabled`, a seccomp filter, an old kernel).
 //!
-//! What a turn of the device starts is given to the kernel by one call, which also tells what is done already. Writes into the
-//! host's page cache are done in place as long as that is fast (`block_straight.rs`).
+//! What a turn of the device starts is given to the kernel by one call, which also tells what is done already.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -11,9 +10,7 @@ use io_uring::register::Restriction;
 use io_uring::{IoUring, opcode, squeue, types};
 
 use super::backing::{Backing, BackingError};
-use super::block_straight::Straight;
 use super::iovec::IoVecs;
-use super::rate::now;
 
 /// Most operations in flight: one ring of this size takes 8 KiB of submissions and 4 KiB of completions.
 const ENTRIES: u16 = 128;
@@ -61,19 +58,18 @@ pub struct Finished {
 pub struct Engine {
     backing: Backing,
     ring: Option<Ring>,
-    straight: Straight,
 }
 
 impl Engine {
     /// An engine on `backing`, with io_uring if the kernel lets us.
     pub fn new(backing: Backing) -> Self {
         let ring = Ring::new(&backing).ok();
-        Self { backing, ring, straight: Straight::default() }
+        Self { backing, ring }
     }
 
     /// An engine without io_uring.
     pub fn plain(backing: Backing) -> Self {
-        Self { backing, ring: None, straight: Straight::default() }
+        Self { backing, ring: None }
     }
 
     /// The backing.
@@ -122,17 +118,10 @@ impl Engine {
     /// Starts an operation under the name `id`, which no operation in flight has. Done at once it comes back finished;
     /// otherwise the next [`Self::poll`] gives it to the kernel.
     pub fn start(&mut self, id: u16, operation: Operation, mut buffers: IoVecs) -> Option<Finished> {
-        let Some(ring) = &mut self.ring else {
-            let result = transfer(&self.backing, operation, &mut buffers);
-            return Some(Finished { id, buffers, result });
-        };
-        let cached = matches!(operation, Operation::Write { durable: false, .. }) && self.backing.is_cached();
-        let begun = if cached { now() } else { 0 };
-        if !cached || !self.straight.takes(buffers.left(), begun) {
+        if let Some(ring) = &mut self.ring {
             return ring.start(Slot { id, operation, buffers });
         }
         let result = transfer(&self.backing, operation, &mut buffers);
-        self.straight.took(begun, now());
         Some(Finished { id, buffers, result })
     }
 

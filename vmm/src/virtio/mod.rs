@@ -9,7 +9,6 @@ pub mod block;
 mod block_counts;
 pub mod block_engine;
 pub mod block_request;
-mod block_straight;
 #[cfg(test)]
 mod block_test;
 pub mod chain;
