@@ -6,19 +6,15 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 
-use super::program::{Devices, Peer, Running, Shape};
-use super::{VmmError, ms, programs};
+use super::program::{Devices, Running, Shape};
+use super::{Contest, VmmError, ms};
 use crate::compare::{Better, Comparison};
 
 /// What to boot, how often.
 #[derive(Debug, Args)]
 pub struct Options {
-    /// Our program.
-    #[arg(long, default_value = "blixard-vmm")]
-    vmm: PathBuf,
-    /// The other program: firecracker=PATH. Without it only ours is measured.
-    #[arg(long)]
-    peer: Option<Peer>,
+    #[command(flatten)]
+    contest: Contest,
     /// The kernel: a bzImage or an ELF vmlinux.
     #[arg(long)]
     kernel: PathBuf,
@@ -110,8 +106,9 @@ pub fn run(options: &Options, out: &Path) -> Result<Comparison, VmmError> {
         memory_mib: options.memory,
         devices: Devices::default(),
     };
-    let programs = programs(&options.vmm, options.peer.as_ref());
-    let mut table = Comparison::new("kernel: a stock kernel up to its init, 1 vCPU", options.peer.is_some());
+    let programs = options.contest.programs();
+    let mut table =
+        Comparison::new("kernel: a stock kernel up to its init, 1 vCPU", options.contest.has_peer());
     for round in 0..=options.runs {
         for (column, program) in programs.iter().enumerate() {
             let mut vm = Running::start(program.command(&shape, &folder)?)?;

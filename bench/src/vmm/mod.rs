@@ -28,15 +28,36 @@ use crate::compare::{CompareError, Comparison};
 use guest::Guest;
 use program::{Devices, Kind, Peer, Program, Shape};
 
-/// What to compare, how often.
+/// What is compared.
 #[derive(Debug, Args)]
-pub struct Options {
+pub struct Contest {
     /// Our program.
     #[arg(long, default_value = "blixard-vmm")]
     vmm: PathBuf,
     /// The other program: firecracker=PATH. Without it only ours is measured.
     #[arg(long)]
     peer: Option<Peer>,
+}
+
+impl Contest {
+    /// Ours, and the other one if there is one.
+    pub fn programs(&self) -> Vec<Program> {
+        let ours = Program { kind: Kind::Blixard, path: self.vmm.clone() };
+        let peer = self.peer.as_ref().map(|peer| Program { kind: Kind::Firecracker, path: peer.0.clone() });
+        [ours].into_iter().chain(peer).collect()
+    }
+
+    /// Whether there is another one.
+    pub fn has_peer(&self) -> bool {
+        self.peer.is_some()
+    }
+}
+
+/// What to compare, how often.
+#[derive(Debug, Args)]
+pub struct Options {
+    #[command(flatten)]
+    contest: Contest,
     /// Lives of each program; one more warms caches.
     #[arg(long, default_value_t = 40)]
     runs: u32,
@@ -152,13 +173,6 @@ fn ms(time: Duration) -> f64 {
     time.as_secs_f64() * 1000.0
 }
 
-/// The programs that `ours` and `peer` name.
-pub fn programs(ours: &Path, peer: Option<&Peer>) -> Vec<Program> {
-    let ours = Program { kind: Kind::Blixard, path: ours.into() };
-    let peer = peer.map(|peer| Program { kind: Kind::Firecracker, path: peer.0.clone() });
-    [ours].into_iter().chain(peer).collect()
-}
-
 /// Measures all rows.
 ///
 /// # Errors
@@ -169,9 +183,9 @@ pub fn run(options: &Options, out: &Path) -> Result<Comparison, VmmError> {
     let scratch = options.memory_folder.join(format!("blixard-bench-{}", std::process::id()));
     fs::create_dir_all(&scratch).map_err(|e| VmmError::file(&scratch, e))?;
     let memory_folder = Scratch(scratch);
-    let programs = programs(&options.vmm, options.peer.as_ref());
+    let programs = options.contest.programs();
     let bench = Bench { options, programs, folder, memory_folder };
-    let mut table = Comparison::new("vmm: small guest, 1 vCPU, 128 MiB", options.peer.is_some());
+    let mut table = Comparison::new("vmm: small guest, 1 vCPU, 128 MiB", options.contest.has_peer());
     start::lives(&bench, &mut table)?;
     start::system_calls(&bench, &mut table)?;
     start::rates(&bench, &mut table)?;

@@ -6,19 +6,15 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 
-use super::program::{Devices, Kind, Peer, Program, Running, Shape};
-use super::{VmmError, programs};
+use super::program::{Devices, Kind, Program, Running, Shape};
+use super::{Contest, VmmError};
 use crate::compare::{Better, Comparison};
 
 /// What to boot, what to measure, how often.
 #[derive(Debug, Args)]
 pub struct Options {
-    /// Our program.
-    #[arg(long, default_value = "blixard-vmm")]
-    vmm: PathBuf,
-    /// The other program: firecracker=PATH. Without it only ours is measured.
-    #[arg(long)]
-    peer: Option<Peer>,
+    #[command(flatten)]
+    contest: Contest,
     /// The kernel: a bzImage or an ELF vmlinux.
     #[arg(long)]
     kernel: PathBuf,
@@ -86,7 +82,8 @@ struct Way {
 pub fn run(options: &Options, out: &Path) -> Result<Comparison, VmmError> {
     let folder = out.join("vmm-guests");
     fs::create_dir_all(&folder).map_err(|e| VmmError::file(&folder, e))?;
-    let mut table = Comparison::new("io: a stock kernel's disk and network, 1 vCPU", options.peer.is_some());
+    let mut table =
+        Comparison::new("io: a stock kernel's disk and network, 1 vCPU", options.contest.has_peer());
     for part in &options.part {
         let mut ways = ways(options, *part);
         for _ in 0..options.rounds {
@@ -106,7 +103,7 @@ fn ways(options: &Options, part: Part) -> Vec<Way> {
         Part::Net => Devices { disks: vec![root], tap: Some(options.tap.clone()), ..Devices::default() },
     };
     let mut ways = vec![];
-    for program in programs(&options.vmm, options.peer.as_ref()) {
+    for program in options.contest.programs() {
         let mut way =
             |name, devices| ways.push(Way { name, program: program.clone(), devices, results: vec![] });
         let base = || devices.clone();
