@@ -169,7 +169,7 @@ pub fn config(plan: &VmPlan, slot: Slot, mtu: u16) -> Result<(VmConfig, Vec<&'st
         control: Some("control".into()),
         exit_record: Some("exit-record".into()),
         boot_timer: false,
-        // Also where the host gives them only to those who ask: a kernel starts in half of the time.
+        // Also where the host gives them only to those who ask: with them a kernel takes far fewer faults while it starts.
         memory: MemoryConfig { transparent_huge_pages: true, ..MemoryConfig::default() },
         cpu: None,
         restore: None,
