@@ -55,21 +55,21 @@ if [ "$only" != unit ]; then
         if [ "$only" != hosts ]; then
             say "whole system, in the rig"
             test_program whole_system
-            "$bin/blixard-rig" run --timeout 1500 --share "$programs:/opt/blixard" --share "$images:/opt/images" -- \
+            sh tests/in-rig.sh "$bin/blixard-rig" --timeout 1500 --share "$programs:/opt/blixard" --share "$images:/opt/images" -- \
                 "BLIXARD_WHOLE_SYSTEM=1 /opt/blixard/whole_system --test-threads=1 $filter"
         fi
         if [ "$only" != hosts ] && [ -z "$filter" ]; then
             say "a stock kernel under load, in the rig"
             sh tests/kernels.sh cloud
             say "systemd units, in the rig"
-            "$bin/blixard-rig" run --timeout 300 --share "$programs:/opt/blixard" --share "$images:/opt/images" \
+            sh tests/in-rig.sh "$bin/blixard-rig" --timeout 300 --share "$programs:/opt/blixard" --share "$images:/opt/images" \
                 --share "$PWD/nix/systemd:/opt/units" --share "$PWD/tests:/opt/tests" -- \
                 sh /opt/tests/systemd.sh /opt/blixard /opt/images /opt/units
         fi
         if [ "$only" = hosts ] || [ -z "$filter" ]; then
             say "three hosts, in the rig"
             test_program three_hosts
-            "$bin/blixard-rig" run --hosts 3 --timeout 900 --share "$programs:/opt/blixard" \
+            sh tests/in-rig.sh "$bin/blixard-rig" --hosts 3 --timeout 900 --share "$programs:/opt/blixard" \
                 --share "$images:/opt/images" --share "$PWD/nix/systemd:/opt/units" -- \
                 "BLIXARD_THREE_HOSTS=1 /opt/blixard/three_hosts $filter"
         fi

@@ -18,5 +18,5 @@ cp -f "$program" "$programs/stock_kernels"
 case " $* " in *" backports "*) sh tests/backports.sh "$backports" ;; esac
 rig=target/$target/debug/blixard-rig
 "$rig" guest-images "$images"
-"$rig" run --timeout "$((400 * $#))" --share "$programs:/opt/blixard" --share "$images:/opt/images" --share "$backports:/opt/backports" -- \
+sh tests/in-rig.sh "$rig" --timeout "$((400 * $#))" --share "$programs:/opt/blixard" --share "$images:/opt/images" --share "$backports:/opt/backports" -- \
     "BLIXARD_STOCK_KERNELS='$*' /opt/blixard/stock_kernels --test-threads=1 --nocapture"

@@ -8,6 +8,9 @@ fail() {
     journalctl -q --no-pager -n 60 -u 'blixard*' >&2
     exit 1
 }
+# What does not end is a failure with a name, long before the time limit of the host.
+limit="timeout 60"
+uptime() { $limit blixard exec steady cut -d. -f1 /proc/uptime; }
 sh "$3/install.sh" "$1"
 release=$(ls /lib/modules | grep cloud | head -n 1)
 until blixard ps >/dev/null 2>&1; do
@@ -16,18 +19,20 @@ until blixard ps >/dev/null 2>&1; do
 done
 blixard kernel import --name default --kernel "/boot/vmlinuz-$release" --modules "/lib/modules/$release"
 blixard image import "$2/busybox.tar" --name busybox
-blixard run -d --wait ready --timeout 120s --name steady busybox sleep 100000 || fail "no VM"
-before=$(blixard exec steady cut -d. -f1 /proc/uptime)
+$limit blixard run -d --wait ready --timeout 50s --name steady busybox sleep 100000 || fail "no VM"
+before=$(uptime) || fail "exec: $?"
 for service in netd agent node; do
-    systemctl restart "blixard-$service.service" || fail "restart of $service"
+    $limit systemctl restart "blixard-$service.service" || fail "restart of $service: $?"
     systemctl kill -s KILL "blixard-$service.service"
     for _ in $(seq 150); do
-        now=$(blixard exec steady cut -d. -f1 /proc/uptime 2>/dev/null) && break
+        now=$(uptime 2>/tmp/why) && break
+        [ $? != 124 ] || fail "exec after the death of $service does not end"
         sleep 0.2
     done
-    [ "${now:-0}" -ge "$before" ] || fail "after restart and death of $service: uptime ${now:-unknown} after $before"
+    [ "${now:-0}" -ge "$before" ] ||
+        fail "after restart and death of $service: uptime ${now:-unknown} after $before: $(cat /tmp/why)"
     before=$now
 done
-blixard rm -f steady || fail "rm"
-systemctl stop blixard-node.service blixard-agent.service blixard-netd.service blixard-netd.socket
+$limit blixard rm -f steady || fail "rm"
+$limit systemctl stop blixard-node.service blixard-agent.service blixard-netd.service blixard-netd.socket
 echo "systemd: a VM outlived restart and death of netd, agent and node"

@@ -71,10 +71,22 @@ impl Stop {
     }
 }
 
+/// How long after the time limit a host may still be asked what it does.
+const GRACE: Duration = Duration::from_secs(60);
+
 #[derive(Default)]
 struct State {
-    children: Vec<Pid>,
+    children: Vec<(Pid, Kept)>,
     stop: Option<Stop>,
+}
+
+/// What the time limit does to a child.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kept {
+    /// Ends at the limit.
+    No,
+    /// Ends [`GRACE`] later, unless its owner has ended it: why a run took too long is asked of its hosts.
+    AfterLimit,
 }
 
 #[derive(Default)]
@@ -86,13 +98,17 @@ impl Shared {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn stop(&self, why: Stop) {
+    /// Answers whether this is the first stop.
+    fn stop(&self, why: Stop) -> bool {
         let mut state = self.lock();
+        let first = state.stop.is_none();
         state.stop.get_or_insert(why);
-        for pid in &state.children {
+        let spares = |kept: Kept| first && why == Stop::Limit && kept == Kept::AfterLimit;
+        for (pid, _) in state.children.iter().filter(|(_, kept)| !spares(*kept)) {
             // Safe from hitting a stranger: a child leaves the list, under this lock, before it is reaped.
             _ = kill(*pid, Signal::SIGKILL);
         }
+        first
     }
 }
 
@@ -143,6 +159,15 @@ impl Leash {
 
     /// Starts a program that dies with this one. Main thread only (see the head of this file).
     pub fn start(&self, command: &mut Command) -> Result<Running, Error> {
+        self.spawn(command, Kept::No)
+    }
+
+    /// Starts a program that outlives the time limit by [`GRACE`], to be asked what took so long.
+    pub fn start_host(&self, command: &mut Command) -> Result<Running, Error> {
+        self.spawn(command, Kept::AfterLimit)
+    }
+
+    fn spawn(&self, command: &mut Command, kept: Kept) -> Result<Running, Error> {
         let parent = getpid();
         let tie = move || {
             set_pdeathsig(Signal::SIGKILL)?;
@@ -160,7 +185,7 @@ impl Leash {
         let child = command.spawn().map_err(|source| Error::Start { program, source })?;
         // Process numbers are positive and fit by definition (pid_t).
         let pid = Pid::from_raw(i32::try_from(child.id()).unwrap_or(i32::MAX));
-        state.children.push(pid);
+        state.children.push((pid, kept));
         Ok(Running { child, pid, shared: Arc::clone(&self.shared), reaped: None })
     }
 
@@ -198,8 +223,11 @@ fn watch(shared: &Shared, signals: &SignalFd, limit: &TimerFd, finished: &UnixSt
             }
             shared.stop(why);
         }
-        if time && limit.wait().is_ok() {
-            shared.stop(Stop::Limit);
+        if time && limit.wait().is_ok() && shared.stop(Stop::Limit) {
+            let again = Expiration::OneShot(TimeSpec::from_duration(GRACE));
+            if limit.set(again, TimerSetTimeFlags::empty()).is_err() {
+                shared.stop(Stop::Limit);
+            }
         }
         if finish && !signal {
             return;
@@ -233,7 +261,7 @@ impl Running {
             }
         }
         // It is dead but still has its number: off the list first, then let the number go.
-        self.shared.lock().children.retain(|pid| *pid != self.pid);
+        self.shared.lock().children.retain(|(pid, _)| *pid != self.pid);
         let status = self.child.wait().map_err(Error::Wait)?;
         self.reaped = Some(status);
         Ok(status)
@@ -283,6 +311,18 @@ mod tests {
         assert!(matches!(leash.check(), Err(Error::Stopped(Stop::Limit))));
         assert!(matches!(leash.start(&mut Command::new("true")), Err(Error::Stopped(Stop::Limit))));
         assert_eq!(leash.finish(), Some(Stop::Limit));
+    }
+
+    #[test]
+    fn a_host_outlives_the_limit_to_be_asked_what_took_so_long() {
+        let leash = Leash::new().unwrap();
+        let mut host = leash.start_host(Command::new("sleep").arg("1000")).unwrap();
+        let mut child = leash.start(Command::new("sleep").arg("1000")).unwrap();
+        leash.limit(Duration::from_millis(50)).unwrap();
+        assert!(!child.wait().unwrap().success());
+        assert!(!host.ended());
+        leash.shared.stop(Stop::Limit);
+        assert!(!host.wait().unwrap().success());
     }
 
     #[test]

@@ -126,6 +126,9 @@ fn main() -> ExitCode {
     // A stop explains whatever failed because of it.
     if let Some(stop) = leash.finish() {
         say::say(stop);
+        if let (leash::Stop::Limit, Ok(run::HUNG)) = (stop, &result) {
+            return ExitCode::from(run::HUNG);
+        }
         return ExitCode::from(stop.code());
     }
     match result {

@@ -115,6 +115,14 @@ pub struct Host {
     qmp: Option<Qmp>,
 }
 
+/// How a host was found.
+pub struct Autopsy {
+    /// A processor runs and stays at one instruction.
+    pub hung: bool,
+    /// For people.
+    pub text: String,
+}
+
 /// Where a host's own socket on the segment is.
 pub fn port(folder: &Path) -> PathBuf {
     folder.join("lan")
@@ -210,7 +218,7 @@ impl Plan<'_> {
         command.args(self.args(folder, origin));
         command.args(["-S", "-chardev", "socket,id=qmp,fd=0", "-mon", "chardev=qmp,mode=control"]);
         command.stdin(OwnedFd::from(theirs)).stdout(log.try_clone().map_err(failed(folder))?).stderr(log);
-        let process = leash.start(&mut command).map_err(Error::Start)?;
+        let process = leash.start_host(&mut command).map_err(Error::Start)?;
         Ok(Host { index, folder: folder.to_owned(), process, socket: Some(ours), qmp: None })
     }
 }
@@ -264,9 +272,9 @@ impl Host {
     }
 
     /// How a host that no longer answers is: whether QEMU runs, where its processors are, and its last words.
-    pub fn autopsy(&mut self) -> String {
+    pub fn autopsy(&mut self) -> Autopsy {
         if self.ended() {
-            return format!("QEMU has ended\n{}", self.last_words());
+            return Autopsy { hung: false, text: format!("QEMU has ended\n{}", self.last_words()) };
         }
         let asked = self.talk(|qmp| {
             qmp.patience(Some(AUTOPSY))?;
@@ -279,11 +287,16 @@ impl Host {
             }
             Ok(samples)
         });
-        let places = match asked {
-            Ok(samples) => samples.iter().map(|text| places(text.as_str().unwrap_or_default())).collect(),
-            Err(error) => error.to_string(),
+        let (hung, places) = match asked {
+            Ok(samples) => {
+                let samples: Vec<_> =
+                    samples.iter().map(|text| places(text.as_str().unwrap_or_default())).collect();
+                (hung(&samples), samples.concat())
+            }
+            Err(error) => (false, error.to_string()),
         };
-        format!("QEMU runs\n{places}{}", self.last_words())
+        let how = if hung { "QEMU runs, a processor hangs" } else { "QEMU runs" };
+        Autopsy { hung, text: format!("{how}\n{places}{}", self.last_words()) }
     }
 
     fn talk<T>(&mut self, talk: impl FnOnce(&mut Qmp) -> Result<T, qmp::Error>) -> Result<T, Error> {
@@ -313,6 +326,20 @@ fn last_words(log: &str) -> String {
 fn places(registers: &str) -> String {
     let wanted = |line: &&str| line.starts_with("CPU#") || line.contains("RIP=");
     registers.lines().filter(wanted).map(|line| format!("{}\n", line.trim())).collect()
+}
+
+/// Whether a processor was at the same instruction in all samples of [`places`] without being halted: even a loop that waits
+/// for something has several instructions.
+fn hung(samples: &[String]) -> bool {
+    let Some((first, rest)) = samples.split_first() else { return false };
+    let place = |line: &str| line.split_whitespace().next().unwrap_or_default().to_owned();
+    let running = |line: &str| line.contains("RIP=") && line.contains("HLT=0");
+    first.lines().enumerate().any(|(number, line)| {
+        let same = |other: &String| {
+            other.lines().nth(number).is_some_and(|other| running(other) && place(other) == place(line))
+        };
+        running(line) && !rest.is_empty() && rest.iter().all(same)
+    })
 }
 
 /// Finds the forwarded port in the table of `info usernet`: protocol with state, descriptor, address, port, …
@@ -346,6 +373,18 @@ mod tests {
     fn the_places_of_processors_are_found() {
         let registers = "\r\nCPU#0\r\nRAX=0 RBX=1\r\nRIP=ffffffff81000000 RFL=00000246\r\nES =0000\r\n";
         assert_eq!(places(registers), "CPU#0\nRIP=ffffffff81000000 RFL=00000246\n");
+    }
+
+    #[test]
+    fn a_processor_that_runs_and_does_not_move_hangs() {
+        let sample = |first: &str, second: &str| format!("CPU#0\n{first}\nCPU#1\n{second}\n");
+        let (idle, busy) =
+            ("RIP=ffffffff81000000 RFL=00000246 HLT=1", "RIP=ffffffff81000010 RFL=00000246 HLT=0");
+        let elsewhere = "RIP=ffffffff81000020 RFL=00000246 HLT=0";
+        assert!(hung(&[sample(idle, busy), sample(idle, busy)]));
+        assert!(!hung(&[sample(idle, busy), sample(idle, elsewhere)]));
+        assert!(!hung(&[sample(idle, idle), sample(idle, idle)]));
+        assert!(!hung(&[sample(idle, busy)]) && !hung(&[]));
     }
 
     #[test]

@@ -17,6 +17,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Exit code of `ssh` when it has lost its connection.
 const LOST: u8 = 255;
+/// Exit code when a processor of a host hangs: what was tried there has neither failed nor passed.
+pub const HUNG: u8 = 123;
 
 /// What can go wrong before the command runs.
 #[derive(Debug, thiserror::Error)]
@@ -114,17 +116,25 @@ pub fn run(options: &Options, cache: &Cache, leash: &Leash) -> Result<u8, Error>
         drop((snapshot, image));
         command(options, &channels, leash)
     });
-    if let (Ok(LOST), Some(host)) = (&result, hosts.first_mut()) {
-        say(format!(
-            "the connection to {} was lost, or the command ended with {LOST}: {}",
-            host.name(),
-            host.autopsy()
-        ));
+    let limit = leash.check().is_err_and(|error| matches!(error, leash::Error::Stopped(leash::Stop::Limit)));
+    let lost = matches!(result, Ok(LOST));
+    let mut hung = false;
+    if limit || lost {
+        let why = if limit {
+            "the time limit has passed"
+        } else {
+            "the connection was lost, or the exit code is 255"
+        };
+        for host in &mut hosts {
+            let found = host.autopsy();
+            hung |= found.hung;
+            say(format!("{why}; {}: {}", host.name(), found.text));
+        }
     }
     if let Some(logs) = &options.logs {
         keep_logs(logs, &hosts)?;
     }
-    result
+    if hung { Ok(HUNG) } else { result }
 }
 
 /// Restores the hosts and gives each what must differ: clock, names, addresses, random numbers, mounts.

@@ -24,13 +24,8 @@ pub const SETTLE: &str = "systemctl is-system-running --wait
     [ -c /dev/kvm ] || { echo no /dev/kvm; exit 1; }
     tr -d - </proc/sys/kernel/random/uuid >/dev/null; ip -br addr >/dev/null; hostname >/dev/null
     mount -t tmpfs none /mnt; umount /mnt; sync";
-/// Keeps a VM without a processor open for as long as an emulated host runs. With its first VM and after its last one the
-/// kernel patches `__schedule` (`preempt_notifier_key`), and QEMU before 8.1 translates code that another processor may be
-/// patching: the breakpoint of the patch stayed in the translation, and all processors ran into it for ever. So it is
-/// patched once, before anything depends on the host. The descriptor of the VM is the process's own.
-pub const HOLD: &str = "setsid -w perl -e 'open(my $kvm, \"+<\", \"/dev/kvm\") or exit 1;
-        ioctl($kvm, 0xAE01, 0) or exit 1; defined(my $child = fork) or exit 1; exit if $child; sleep' </dev/null >/dev/null 2>&1 \
-        || { echo no VM can be made; exit 1; }";
+/// What an emulated host keeps in use for as long as it runs.
+pub const HOLD: &str = include_str!("hold.sh");
 /// Says on the console, which we can read, that no ssh session is left.
 const WATCH: &str = "setsid sh -c 'while pgrep -f \"^sshd: root\" >/dev/null; do sleep 0.1; done
     sync; echo rig-is-idle >/dev/ttyS0' >/dev/null 2>&1 &";
@@ -58,8 +53,14 @@ pub enum Error {
 
 /// The snapshot for this plan; a host is booted once when there is none.
 pub fn ensure(cache: &Cache, image: &Entry, plan: &Plan<'_>, leash: &Leash) -> Result<Entry, Error> {
-    let parts =
-        [VERSION, &recipe::image_key(), &programs::qemu_version(), &plan.accel.name, &plan.fingerprint()];
+    let parts = [
+        VERSION,
+        HOLD,
+        &recipe::image_key(),
+        &programs::qemu_version(),
+        &plan.accel.name,
+        &plan.fingerprint(),
+    ];
     cache.ensure(Kind::Snapshot, &recipe::key(&parts), leash, |new| make(new, image, plan, leash))
 }
 
