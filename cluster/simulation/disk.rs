@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use blixard_node::raft::log_store::Writer;
-use blixard_node::raft::storage::Storage;
+use blixard_node::raft::storage::{self, Storage};
 use redb::{Database, StorageBackend};
 
 use crate::dice::Dice;
@@ -16,6 +16,9 @@ use crate::trace::Trace;
 
 /// What a disk writes all or nothing of.
 const SECTOR: usize = 512;
+
+/// A journal that is full after some dozens of entries.
+const JOURNAL_BYTES: usize = 32 << 10;
 
 /// How a disk behaves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -163,6 +166,11 @@ impl Storage for Mounted {
         Database::builder().set_cache_size(cache_bytes.min(1 << 20)).create_with_backend(file)
     }
 
+    fn journal(&self) -> io::Result<(Box<dyn StorageBackend>, usize)> {
+        let file = OpenFile { mounted: self.clone(), name: storage::JOURNAL.to_owned() };
+        Ok((Box::new(file), JOURNAL_BYTES))
+    }
+
     fn run(&self, mut writer: Writer) -> io::Result<()> {
         let mounted = self.clone();
         tokio::spawn(async move {
@@ -171,6 +179,7 @@ impl Storage for Mounted {
                 tokio::time::sleep(mounted.flush_time()).await;
                 writer.write();
             }
+            writer.end();
         });
         Ok(())
     }

@@ -233,11 +233,15 @@ async fn start(
     tracing::info!(node = config.name, socket = %config.socket.display(), "ready");
     ready();
 
+    // Each entry wakes whoever watches openraft: a task, which is cheaper to wake than this thread.
+    let watched = consensus.clone();
+    let mut stopped = tokio::spawn(async move { watched.stopped().await });
     let result = tokio::select! {
         () = stop.cancelled() => Ok(None),
-        reason = consensus.stopped() => Err(NodeError::Stopped(reason)),
+        reason = &mut stopped => Err(NodeError::Stopped(reason.unwrap_or_else(|error| error.to_string()))),
         Ok(again) = restarts.wait_for(Option::is_some) => Ok(*again),
     };
+    stopped.abort();
     if stop.is_cancelled() {
         consensus.hand_over().await;
     }

@@ -1,8 +1,10 @@
-//! The Raft log and the vote, in one redb file.
+//! The Raft log and the vote: a redb file, and a [`Journal`] of what it does not have yet.
 //!
 //! Entries are readable at once (from memory) and durable a little later: a [`Writer`] on a thread of its own takes all that has
-//! piled up since its last commit and writes it in one transaction, so that many proposals share one flush. It reports each
-//! batch only after the flush. Votes, truncations and purges take the same road, in order.
+//! piled up since its last flush and puts it into the journal with one flush, so that many proposals share it. It reports each
+//! batch only after the flush. Votes, truncations and purges take the same road, in order. When the journal is full, all of it
+//! goes into the database in one flushed transaction; until then the entries stay in memory. An end in good order and each start
+//! do the same.
 
 use std::collections::BTreeMap;
 use std::fmt::Debug;
@@ -18,6 +20,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::codec::{self, Reader};
 use super::db::{Closed, Db};
+use super::journal::{Journal, Op};
 use super::storage::{self, Storage, blocking};
 use super::types::{Entry, LogId, Types, Vote};
 
@@ -26,11 +29,13 @@ const META: TableDefinition<&str, &[u8]> = TableDefinition::new("meta");
 const VOTE: &str = "vote";
 const PURGED: &str = "purged";
 const SCHEMA: &str = "schema";
-/// Version of the tables and of the entries' encoding. 1: entries are JSON. 2: as [`codec`] writes them.
-const SCHEMA_VERSION: u32 = 2;
+/// The journal's generation that the database contains.
+const GENERATION: &str = "journal";
+/// Version of the tables and of the entries' encoding. 1: entries are JSON. 2: as [`codec`] writes them. 3: there is a journal.
+const SCHEMA_VERSION: u32 = 3;
 /// Page cache of the log file in bytes: it is read at start and by slow followers only.
 const CACHE_BYTES: usize = 8 << 20;
-/// Flushed entries that stay in memory for whoever applies or replicates them next.
+/// Entries of the database that stay in memory for whoever applies or replicates them next.
 const RECENT_MAX: usize = 1024;
 /// Most jobs of one transaction: bounds how long the first of them waits for its flush.
 const BATCH_MAX: usize = 4096;
@@ -53,19 +58,24 @@ pub enum LogError {
         /// Version in the file.
         found: u32,
     },
+    /// The journal cannot be used.
+    #[error("cannot use the journal of the log")]
+    Journal(#[source] io::Error),
     /// The writer thread cannot be started.
     #[error("cannot start the log's writer")]
     Writer(#[source] io::Error),
 }
 
-enum Job {
-    Append { entries: Vec<(u64, Vec<u8>)>, flushed: IOFlushed<Types> },
-    Vote { value: Vec<u8>, done: Done },
-    TruncateAfter { first_gone: u64, done: Done },
-    Purge { upto: u64, value: Vec<u8>, done: Done },
+struct Job {
+    ops: Vec<Op>,
+    then: Then,
 }
 
-type Done = oneshot::Sender<io::Result<()>>;
+/// Who is told that a job is durable.
+enum Then {
+    Flushed(IOFlushed<Types>),
+    Done(oneshot::Sender<io::Result<()>>),
+}
 
 /// What is known without reading the file.
 #[derive(Debug, Default)]
@@ -75,8 +85,8 @@ struct Memory {
     last: Option<LogId>,
     purged: Option<LogId>,
     vote: Option<Vote>,
-    /// Index up to which entries are durable.
-    flushed: u64,
+    /// Index up to which entries are in the database.
+    stored: u64,
 }
 
 struct Shared {
@@ -117,27 +127,50 @@ impl LogStore {
         let db = storage.open(storage::LOG, CACHE_BYTES);
         let db = db.map_err(|e| LogError::Open(Box::new(e.into())))?;
         let opened = |error: redb::Error| LogError::Open(Box::new(error));
-        let found = prepare(&db).map_err(opened)?;
-        if found > SCHEMA_VERSION {
+        let found = schema(&db).map_err(opened)?;
+        if let Some(found) = found.filter(|found| *found > SCHEMA_VERSION) {
             return Err(LogError::Newer { found });
         }
-        if found < SCHEMA_VERSION {
-            upgrade(&db).map_err(LogError::Upgrade)?;
-            tracing::info!(from = found, to = SCHEMA_VERSION, "the log has another schema now");
+        // The journal comes first: a database that has the schema has one.
+        let new = found != Some(SCHEMA_VERSION);
+        let (file, capacity) = storage.journal().map_err(LogError::Journal)?;
+        let generation = if new { 0 } else { generation(&db).map_err(LogError::Read)? };
+        let (mut journal, lacking) =
+            Journal::open(file, capacity, generation, new).map_err(LogError::Journal)?;
+        match found {
+            None => prepare(&db).map_err(opened)?,
+            Some(SCHEMA_VERSION) => {}
+            Some(from) => {
+                upgrade(&db, from).map_err(LogError::Upgrade)?;
+                tracing::info!(from, to = SCHEMA_VERSION, "the log has another schema now");
+            }
+        }
+        if !lacking.is_empty() {
+            commit(&db, &lacking, journal.generation()).map_err(io_error).map_err(LogError::Read)?;
+            journal.stored();
         }
         let memory = recall(&db).map_err(LogError::Read)?;
         let (db, closed) = Db::new(db);
+        let last_written = memory.stored;
         let shared = Arc::new(Shared { db, memory: Mutex::new(memory) });
         // Bounded by openraft: it waits for earlier entries before it accepts more.
         let (jobs, queue) = mpsc::unbounded_channel();
-        let writer = Writer { shared: Arc::clone(&shared), queue, first: None };
+        let writer = Writer {
+            shared: Arc::clone(&shared),
+            queue,
+            first: None,
+            journal,
+            lacking: Vec::new(),
+            last_written,
+        };
         storage.run(writer).map_err(LogError::Writer)?;
         Ok((Self { shared, jobs }, closed))
     }
 
-    async fn run(&self, job: impl FnOnce(Done) -> Job) -> io::Result<()> {
+    /// Does it in order with all else; answers when it is durable.
+    async fn run(&self, op: Op) -> io::Result<()> {
         let (done, answer) = oneshot::channel();
-        self.jobs.send(job(done)).map_err(|_| gone())?;
+        self.jobs.send(Job { ops: vec![op], then: Then::Done(done) }).map_err(|_| gone())?;
         answer.await.map_err(|_| gone())?
     }
 }
@@ -146,32 +179,45 @@ fn gone() -> io::Error {
     io::Error::other("the log's writer has ended")
 }
 
-/// Makes the tables; answers the schema version of the file.
-fn prepare(db: &Database) -> Result<u32, redb::Error> {
-    let transaction = db.begin_write()?;
-    let version = {
-        transaction.open_table(LOG)?;
-        let mut meta = transaction.open_table(META)?;
-        let found = meta.get(SCHEMA)?.and_then(|v| v.value().try_into().ok().map(u32::from_le_bytes));
-        if found.is_none() {
-            meta.insert(SCHEMA, SCHEMA_VERSION.to_le_bytes().as_slice())?;
-        }
-        found.unwrap_or(SCHEMA_VERSION)
+/// The schema version of the file, if it has tables.
+fn schema(db: &Database) -> Result<Option<u32>, redb::Error> {
+    let transaction = db.begin_read()?;
+    let meta = match transaction.open_table(META) {
+        Err(redb::TableError::TableDoesNotExist(_)) => return Ok(None),
+        meta => meta?,
     };
-    transaction.commit()?;
-    Ok(version)
+    Ok(meta.get(SCHEMA)?.and_then(|v| v.value().try_into().ok().map(u32::from_le_bytes)))
 }
 
-/// Writes the entries of schema version 1 as those of version 2, all or none.
-fn upgrade(db: &Database) -> io::Result<()> {
+/// The newest generation of the journal that is in the database.
+fn generation(db: &Database) -> io::Result<u64> {
+    let transaction = db.begin_read().map_err(io_error)?;
+    let meta = transaction.open_table(META).map_err(io_error)?;
+    let found = meta.get(GENERATION).map_err(io_error)?;
+    Ok(found.and_then(|v| v.value().try_into().ok().map(u64::from_le_bytes)).unwrap_or(0))
+}
+
+/// Makes the tables.
+fn prepare(db: &Database) -> Result<(), redb::Error> {
+    let transaction = db.begin_write()?;
+    transaction.open_table(LOG)?;
+    transaction.open_table(META)?.insert(SCHEMA, SCHEMA_VERSION.to_le_bytes().as_slice())?;
+    transaction.commit()?;
+    Ok(())
+}
+
+/// Brings the tables of an older schema version to the present form, all or nothing.
+fn upgrade(db: &Database, from: u32) -> io::Result<()> {
     let transaction = db.begin_write().map_err(io_error)?;
     {
         let mut log = transaction.open_table(LOG).map_err(io_error)?;
         let mut entries = Vec::new();
-        for item in log.iter().map_err(io_error)? {
-            let (index, value) = item.map_err(io_error)?;
-            let entry: Entry = serde_json::from_slice(value.value()).map_err(json_error)?;
-            entries.push((index.value(), encode(&entry)?));
+        if from < 2 {
+            for item in log.iter().map_err(io_error)? {
+                let (index, value) = item.map_err(io_error)?;
+                let entry: Entry = serde_json::from_slice(value.value()).map_err(json_error)?;
+                entries.push((index.value(), encode(&entry)?));
+            }
         }
         for (index, value) in entries {
             log.insert(index, value.as_slice()).map_err(io_error)?;
@@ -205,7 +251,7 @@ fn recall(db: &Database) -> io::Result<Memory> {
     let last = last.map(|entry| entry.log_id()).or(purged);
     Ok(Memory {
         recent: BTreeMap::new(),
-        flushed: last.map_or(0, |id| id.index),
+        stored: last.map_or(0, |id| id.index),
         last,
         purged,
         vote: vote.map(|v| serde_json::from_slice(v.value())).transpose().map_err(json_error)?,
@@ -218,6 +264,11 @@ pub struct Writer {
     queue: mpsc::UnboundedReceiver<Job>,
     /// Waited for and not yet written.
     first: Option<Job>,
+    journal: Journal,
+    /// What is in the journal and not in the database, in order.
+    lacking: Vec<Op>,
+    /// Index of the last entry that was written anywhere.
+    last_written: u64,
 }
 
 impl Writer {
@@ -227,6 +278,7 @@ impl Writer {
             self.first = Some(first);
             self.write();
         }
+        self.end();
     }
 
     /// Waits until there is something to write; false at the end.
@@ -241,36 +293,73 @@ impl Writer {
     pub fn write(&mut self) {
         let piled_up = std::iter::from_fn(|| self.queue.try_recv().ok()).take(BATCH_MAX - 1);
         let jobs: Vec<Job> = self.first.take().into_iter().chain(piled_up).collect();
-        let shared = &self.shared;
-        let result = commit(&shared.db, &jobs).map_err(io_error);
+        let mut answers = Vec::with_capacity(jobs.len());
+        let old = self.lacking.len();
+        for job in jobs {
+            self.lacking.extend(job.ops);
+            answers.push(job.then);
+        }
+        let result = self.make_durable(old);
         if let Err(error) = &result {
             tracing::error!(%error, "the log cannot be written");
         }
-        let answer = || match &result {
-            Ok(()) => Ok(()),
-            Err(error) => Err(io::Error::other(error.to_string())),
-        };
-        for job in jobs {
-            match job {
-                Job::Append { entries, flushed } => {
-                    if let (Some((last, _)), Ok(())) = (entries.last(), &result) {
-                        let mut memory = shared.memory();
-                        memory.flushed = *last;
-                        forget_old(&mut memory);
-                    }
-                    flushed.io_completed(answer());
-                }
-                Job::TruncateAfter { first_gone, done } => {
-                    let mut memory = shared.memory();
-                    memory.flushed = memory.flushed.min(first_gone.saturating_sub(1));
-                    drop(memory);
-                    done.send(answer()).ok();
-                }
+        for then in answers {
+            let answer = match &result {
+                Ok(()) => Ok(()),
+                Err(error) => Err(io::Error::other(error.to_string())),
+            };
+            match then {
+                Then::Flushed(flushed) => flushed.io_completed(answer),
                 // Nobody waits any more when the node is being stopped.
-                Job::Vote { done, .. } | Job::Purge { done, .. } => {
-                    done.send(answer()).ok();
-                }
+                Then::Done(done) => drop(done.send(answer)),
             }
+        }
+    }
+
+    /// The operations from `old` on are new.
+    fn make_durable(&mut self, old: usize) -> io::Result<()> {
+        let new = self.lacking.get(old..).unwrap_or_default();
+        for op in new {
+            match op {
+                Op::Entry(index, _) => self.last_written = *index,
+                Op::TruncateFrom(index) => {
+                    self.last_written = index.saturating_sub(1);
+                    let mut memory = self.shared.memory();
+                    memory.stored = memory.stored.min(self.last_written);
+                }
+                Op::Purge(upto, _) => self.last_written = self.last_written.max(*upto),
+                Op::Vote(_) => {}
+            }
+        }
+        let result = match self.journal.append(new.iter()) {
+            Ok(true) => Ok(()),
+            Ok(false) => self.store(),
+            Err(error) => Err(error),
+        };
+        if result.is_err() {
+            // Nobody was told that these are durable.
+            self.lacking.truncate(old);
+        }
+        result
+    }
+
+    /// Puts all that the database lacks into it.
+    fn store(&mut self) -> io::Result<()> {
+        commit(&self.shared.db, &self.lacking, self.journal.generation()).map_err(io_error)?;
+        self.lacking.clear();
+        self.journal.stored();
+        let mut memory = self.shared.memory();
+        memory.stored = self.last_written;
+        forget_old(&mut memory);
+        Ok(())
+    }
+
+    /// The end in good order: the next start has nothing to do.
+    pub fn end(mut self) {
+        if !self.lacking.is_empty()
+            && let Err(error) = self.store()
+        {
+            tracing::error!(%error, "the log cannot be written; its journal has all of it");
         }
     }
 }
@@ -278,34 +367,37 @@ impl Writer {
 fn forget_old(memory: &mut Memory) {
     while memory.recent.len() > RECENT_MAX {
         match memory.recent.first_key_value() {
-            Some((index, _)) if *index <= memory.flushed => memory.recent.pop_first(),
+            Some((index, _)) if *index <= memory.stored => memory.recent.pop_first(),
             _ => break,
         };
     }
 }
 
-fn commit(db: &Database, jobs: &[Job]) -> Result<(), redb::Error> {
+fn commit(db: &Database, ops: &[Op], generation: u64) -> Result<(), redb::Error> {
+    // Under load most entries are in a snapshot, and purged, before they come here.
+    let purged = |op: &Op| if let Op::Purge(upto, _) = op { Some(*upto) } else { None };
+    let purged = ops.iter().filter_map(purged).max();
     let transaction = db.begin_write()?;
     {
         let mut log = transaction.open_table(LOG)?;
         let mut meta = transaction.open_table(META)?;
-        for job in jobs {
-            match job {
-                Job::Append { entries, .. } => {
-                    for (index, value) in entries {
-                        log.insert(index, value.as_slice())?;
-                    }
+        for op in ops {
+            match op {
+                Op::Entry(index, _) if purged.is_some_and(|upto| *index <= upto) => {}
+                Op::Entry(index, value) => {
+                    log.insert(index, value.as_slice())?;
                 }
-                Job::Vote { value, .. } => {
+                Op::Vote(value) => {
                     meta.insert(VOTE, value.as_slice())?;
                 }
-                Job::TruncateAfter { first_gone, .. } => log.retain_in(*first_gone.., |_, _| false)?,
-                Job::Purge { upto, value, .. } => {
+                Op::TruncateFrom(index) => log.retain_in(*index.., |_, _| false)?,
+                Op::Purge(upto, value) => {
                     meta.insert(PURGED, value.as_slice())?;
                     log.retain_in(..=*upto, |_, _| false)?;
                 }
             }
         }
+        meta.insert(GENERATION, generation.to_le_bytes().as_slice())?;
     }
     transaction.commit()?;
     Ok(())
@@ -326,13 +418,17 @@ impl RaftLogReader<Types> for LogStore {
             Bound::Excluded(i) => *i,
             Bound::Unbounded => u64::MAX,
         };
-        if begin >= end {
-            return Ok(Vec::new());
-        }
-        let (recent, known_from) = {
+        let (recent, known_from, begin, end) = {
             let memory = self.shared.memory();
+            // The database may still have entries that were purged or truncated.
+            let begin = begin.max(memory.purged.map_or(0, |id| id.index.saturating_add(1)));
+            let end = end.min(memory.last.map_or(0, |id| id.index.saturating_add(1)));
+            if begin >= end {
+                return Ok(Vec::new());
+            }
             let recent: Vec<Entry> = memory.recent.range(begin..end).map(|(_, e)| e.clone()).collect();
-            (recent, memory.recent.first_key_value().map_or(u64::MAX, |(index, _)| *index))
+            let known_from = memory.recent.first_key_value().map_or(u64::MAX, |(index, _)| *index);
+            (recent, known_from, begin, end)
         };
         if known_from <= begin {
             return Ok(recent);
@@ -373,7 +469,7 @@ impl RaftLogStorage<Types> for LogStore {
 
     async fn save_vote(&mut self, vote: &Vote) -> Result<(), io::Error> {
         let value = serde_json::to_vec(vote).map_err(json_error)?;
-        self.run(|done| Job::Vote { value, done }).await?;
+        self.run(Op::Vote(value)).await?;
         self.shared.memory().vote = Some(*vote);
         Ok(())
     }
@@ -383,17 +479,17 @@ impl RaftLogStorage<Types> for LogStore {
         I: IntoIterator<Item = Entry> + OptionalSend,
         I::IntoIter: OptionalSend,
     {
-        let mut encoded = Vec::new();
+        let mut ops = Vec::new();
         {
             let mut memory = self.shared.memory();
             for entry in entries {
                 let id = entry.log_id();
-                encoded.push((id.index, encode(&entry)?));
+                ops.push(Op::Entry(id.index, encode(&entry)?));
                 memory.last = Some(id);
                 memory.recent.insert(id.index, entry);
             }
         }
-        self.jobs.send(Job::Append { entries: encoded, flushed: callback }).map_err(|_| gone())
+        self.jobs.send(Job { ops, then: Then::Flushed(callback) }).map_err(|_| gone())
     }
 
     async fn truncate_after(&mut self, last: Option<LogId>) -> Result<(), io::Error> {
@@ -403,7 +499,7 @@ impl RaftLogStorage<Types> for LogStore {
             memory.recent.split_off(&first_gone);
             memory.last = memory.last.min(last).max(memory.purged);
         }
-        self.run(|done| Job::TruncateAfter { first_gone, done }).await
+        self.run(Op::TruncateFrom(first_gone)).await
     }
 
     async fn purge(&mut self, log_id: LogId) -> Result<(), io::Error> {
@@ -414,6 +510,10 @@ impl RaftLogStorage<Types> for LogStore {
             memory.recent = memory.recent.split_off(&log_id.index.saturating_add(1));
         }
         let value = serde_json::to_vec(&log_id).map_err(json_error)?;
-        self.run(|done| Job::Purge { upto: log_id.index, value, done }).await
+        self.run(Op::Purge(log_id.index, value)).await
     }
 }
+
+#[cfg(test)]
+#[path = "log_store_test.rs"]
+mod tests;

@@ -2,6 +2,7 @@
 //!
 //! * [`db`]: open files
 //! * [`codec`]: entries as bytes
+//! * [`journal`]: what makes the log durable between two commits of its database
 //! * [`log_store`]: log and vote, one flush for many proposals
 //! * [`state_store`]: applies entries to the state, and keeps it in redb
 //! * [`storage`]: where both are, and where their work is done
@@ -17,6 +18,7 @@
 pub mod codec;
 pub mod db;
 pub mod heartbeat;
+pub mod journal;
 pub mod log_store;
 pub mod membership;
 pub mod peer;

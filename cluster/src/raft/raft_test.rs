@@ -229,6 +229,11 @@ impl storage::Storage for BadDisk {
         redb::Database::builder().create_with_backend(self.clone())
     }
 
+    fn journal(&self) -> std::io::Result<(Box<dyn redb::StorageBackend>, usize)> {
+        let memory = Arc::default();
+        Ok((Box::new(Self { memory, broken: Arc::clone(&self.broken) }), 1 << 16))
+    }
+
     fn run(&self, writer: log_store::Writer) -> std::io::Result<()> {
         std::thread::spawn(move || writer.run());
         Ok(())

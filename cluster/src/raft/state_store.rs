@@ -502,8 +502,7 @@ impl RaftStateMachine<Types> for StateStore {
             if batch.is_empty() {
                 return Ok(());
             }
-            // redb waits for the disk now and then; the other tasks of this thread go on elsewhere.
-            blocking_here(|| self.shared.apply(batch))?;
+            self.shared.apply(batch)?;
             self.shared.schedule();
         }
     }

@@ -4,12 +4,17 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use redb::Database;
+use redb::backends::FileBackend;
+use redb::{Database, StorageBackend};
 use tokio::runtime::{Handle, RuntimeFlavor};
 
 use super::ConsensusError;
 use super::log_store::Writer;
 
+/// Name of the log's journal.
+pub const JOURNAL: &str = "log.journal";
+/// Bytes of the journal: what a member applies anew at most after a crash, and keeps in memory meanwhile.
+const JOURNAL_BYTES: usize = 4 << 20;
 /// Name of the log's database.
 pub const LOG: &str = "log.redb";
 /// Name of the state's database.
@@ -22,6 +27,12 @@ pub trait Storage: Send + Sync {
     /// # Errors
     /// redb refuses it.
     fn open(&self, name: &str, cache_bytes: usize) -> Result<Database, redb::DatabaseError>;
+
+    /// The log's journal, which is made when there is none, and its size in bytes.
+    ///
+    /// # Errors
+    /// It cannot be opened.
+    fn journal(&self) -> io::Result<(Box<dyn StorageBackend>, usize)>;
 
     /// Runs the log's writer until it ends, without waiting for that.
     ///
@@ -56,6 +67,13 @@ impl Storage for Folder {
         Database::builder().set_cache_size(cache_bytes).create(self.0.join(name))
     }
 
+    fn journal(&self) -> io::Result<(Box<dyn StorageBackend>, usize)> {
+        let mut options = std::fs::OpenOptions::new();
+        let file = options.read(true).write(true).create(true).truncate(false).open(self.0.join(JOURNAL))?;
+        let file = FileBackend::new(file).map_err(io::Error::other)?;
+        Ok((Box::new(file), JOURNAL_BYTES))
+    }
+
     fn run(&self, writer: Writer) -> io::Result<()> {
         std::thread::Builder::new().name("raft-log".into()).spawn(move || writer.run()).map(drop)
     }
@@ -74,7 +92,7 @@ pub(super) async fn blocking<T: Send + 'static>(
     if has_threads() { tokio::task::spawn_blocking(work).await.map_err(io::Error::other)? } else { work() }
 }
 
-/// Does what waits for a disk now and then, on this thread; its other tasks go on elsewhere.
+/// Does what waits for a disk, on this thread; its other tasks go on elsewhere.
 pub(super) fn blocking_here<T>(work: impl FnOnce() -> T) -> T {
     if has_threads() { tokio::task::block_in_place(work) } else { work() }
 }
