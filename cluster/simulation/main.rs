@@ -15,6 +15,7 @@ mod linear;
 mod network;
 mod node;
 mod run;
+mod takeover;
 mod trace;
 mod world;
 
@@ -38,6 +39,9 @@ struct Options {
     /// Steps in which things go wrong.
     #[arg(long, default_value_t = 60)]
     steps: u64,
+    /// Only this: a host dies, and its VMs are awaited elsewhere.
+    #[arg(long)]
+    takeover: bool,
     /// Print what happens.
     #[arg(long)]
     print: bool,
@@ -61,6 +65,9 @@ fn main() -> anyhow::Result<()> {
         Some(seed) => seed..seed + 1,
         None => range(&options.seeds)?,
     };
+    if options.takeover {
+        return take_over(seeds, options.nodes.unwrap_or(3));
+    }
     let begin = Instant::now();
     let (mut failed, mut answered, mut begun, mut simulated) = (Vec::new(), 0, 0, 0.0);
     for seed in seeds.clone() {
@@ -86,5 +93,22 @@ fn main() -> anyhow::Result<()> {
         failed.len()
     );
     ensure!(failed.is_empty(), "failed: {failed:?}");
+    Ok(())
+}
+
+/// Prints how long the VMs of dead hosts were missed.
+fn take_over(seeds: std::ops::Range<u64>, nodes: usize) -> anyhow::Result<()> {
+    for (who, leader) in [("a host", false), ("the leader's host", true)] {
+        let times: Result<Vec<_>, String> =
+            seeds.clone().map(|seed| takeover::run(seed, nodes, leader)).collect();
+        let mut times = times.map_err(anyhow::Error::msg)?;
+        times.sort();
+        let (half, most) = (times.get(times.len() / 2), times.last());
+        let (half, most) = half.zip(most).context("no seed")?;
+        println!(
+            "{nodes} nodes, {who} dies, {} runs: VMs elsewhere after p50 {half:?}, max {most:?}",
+            times.len()
+        );
+    }
     Ok(())
 }

@@ -1,6 +1,7 @@
 //! One run: a seed, and all that follows from it.
 
 use std::cell::RefCell;
+use std::path::PathBuf;
 use std::sync::Once;
 use std::time::Duration;
 
@@ -71,17 +72,25 @@ fn notice_panics() {
 /// # Errors
 /// This host cannot run it.
 pub fn run(settings: Settings) -> std::io::Result<Outcome> {
+    simulated(settings.seed, async move |folder| simulate(settings, folder).await)
+}
+
+/// Runs something in simulated time. It gets a folder of the real host.
+///
+/// # Errors
+/// This host cannot run it.
+pub fn simulated<T>(seed: u64, work: impl AsyncFnOnce(PathBuf) -> T) -> std::io::Result<T> {
     notice_panics();
     PANIC.take();
-    blixard_node::raft::runtime::determine(settings.seed);
+    blixard_node::raft::runtime::determine(seed);
     let folder = tempfile::tempdir()?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build()?;
-    let outcome = runtime.block_on(simulate(settings, folder.path().to_owned()));
+    let outcome = runtime.block_on(work(folder.path().to_owned()));
     drop(runtime);
     Ok(outcome)
 }
 
-async fn simulate(settings: Settings, folder: std::path::PathBuf) -> Outcome {
+async fn simulate(settings: Settings, folder: PathBuf) -> Outcome {
     let begin = Instant::now();
     let mut dice = Dice::new(settings.seed);
     let trace = Trace::new(settings.print);
@@ -141,7 +150,11 @@ async fn simulate(settings: Settings, folder: std::path::PathBuf) -> Outcome {
     Outcome { wrong: trace.found(), sum: trace.sum(), answered, begun, time: begin.elapsed() }
 }
 
-async fn form(world: &mut World, nodes: usize) -> Result<(), String> {
+/// Makes the cluster with all its nodes.
+///
+/// # Errors
+/// Why not.
+pub async fn form(world: &mut World, nodes: usize) -> Result<(), String> {
     world.found().await?;
     for _ in 1..nodes {
         world.join().await?;

@@ -14,8 +14,11 @@ mod linear;
 mod network;
 mod node;
 mod run;
+mod takeover;
 mod trace;
 mod world;
+
+use std::time::Duration;
 
 use run::{Outcome, Settings, run};
 
@@ -65,5 +68,18 @@ const FOUND: [(u64, &str); 5] = [
 fn what_seeds_have_found_is_mended() {
     for (seed, mistake) in FOUND {
         assert_eq!(simulate(seed).wrong, None, "seed {seed} once found: {mistake}");
+    }
+}
+
+#[test]
+fn the_vms_of_a_dead_host_run_elsewhere_within_ten_seconds_however_many_nodes_there_are() {
+    for (nodes, seeds) in [(3, 1..=5), (25, 1..=1)] {
+        for (seed, leader) in seeds.flat_map(|seed| [(seed, false), (seed, true)]) {
+            let missed = takeover::run(seed, nodes, leader).unwrap();
+            assert!(
+                missed <= Duration::from_secs(10),
+                "{nodes} nodes, seed {seed}, leader {leader}: {missed:?}"
+            );
+        }
     }
 }

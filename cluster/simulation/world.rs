@@ -279,7 +279,7 @@ impl World {
 
     /// Waits until all nodes are members with what they have, and enough of them vote.
     pub async fn formed(&mut self) {
-        let until = Instant::now() + START_MAX;
+        let until = Instant::now() + START_MAX * u32::try_from(self.places.len() / 25 + 1).unwrap_or(1);
         loop {
             let (consensus, _) = match self.running.all().into_iter().next() {
                 Some(first) => first,

@@ -61,6 +61,9 @@ pub enum LogError {
     /// The journal cannot be used.
     #[error("cannot use the journal of the log")]
     Journal(#[source] io::Error),
+    /// What the journal has cannot be put into the database.
+    #[error("cannot put the journal into the log")]
+    Replay(#[source] io::Error),
     /// The writer thread cannot be started.
     #[error("cannot start the log's writer")]
     Writer(#[source] io::Error),
@@ -146,7 +149,7 @@ impl LogStore {
             }
         }
         if !lacking.is_empty() {
-            commit(&db, &lacking, journal.generation()).map_err(io_error).map_err(LogError::Read)?;
+            commit(&db, &lacking, journal.generation()).map_err(io_error).map_err(LogError::Replay)?;
             journal.stored();
         }
         let memory = recall(&db).map_err(LogError::Read)?;

@@ -70,6 +70,8 @@ impl Storage for Folder {
     fn journal(&self) -> io::Result<(Box<dyn StorageBackend>, usize)> {
         let mut options = std::fs::OpenOptions::new();
         let file = options.read(true).write(true).create(true).truncate(false).open(self.0.join(JOURNAL))?;
+        // A new file has to be in its folder after a loss of power.
+        std::fs::File::open(&self.0)?.sync_all()?;
         let file = FileBackend::new(file).map_err(io::Error::other)?;
         Ok((Box::new(file), JOURNAL_BYTES))
     }
