@@ -1,6 +1,7 @@
 //! The journal through crashes at every byte, and with damage.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use proptest::prelude::*;
 use redb::backends::InMemoryBackend;
@@ -9,9 +10,9 @@ use super::*;
 
 const CAPACITY: usize = 8 << 10;
 
-/// A file that outlives the journal that writes it.
+/// A file that outlives the journal that writes it, and whether its next flush fails.
 #[derive(Debug, Clone, Default)]
-struct Shared(Arc<InMemoryBackend>);
+struct Shared(Arc<InMemoryBackend>, Arc<AtomicBool>);
 
 impl StorageBackend for Shared {
     fn len(&self) -> io::Result<u64> {
@@ -24,7 +25,10 @@ impl StorageBackend for Shared {
         self.0.set_len(len)
     }
     fn sync_data(&self) -> io::Result<()> {
-        self.0.sync_data()
+        match self.1.swap(false, Ordering::SeqCst) {
+            true => Err(io::ErrorKind::StorageFull.into()),
+            false => self.0.sync_data(),
+        }
     }
     fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
         self.0.write(offset, data)
@@ -137,31 +141,9 @@ fn a_missing_or_cut_journal_of_a_database_that_has_one_is_told() {
 
 #[test]
 fn after_a_failed_flush_nothing_is_accepted() {
-    #[derive(Debug)]
-    struct Failing(Shared, std::sync::atomic::AtomicBool);
-    impl StorageBackend for Failing {
-        fn len(&self) -> io::Result<u64> {
-            self.0.len()
-        }
-        fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
-            self.0.read(offset, out)
-        }
-        fn set_len(&self, len: u64) -> io::Result<()> {
-            self.0.set_len(len)
-        }
-        fn sync_data(&self) -> io::Result<()> {
-            // The second one fails, and only that.
-            match self.1.swap(false, std::sync::atomic::Ordering::SeqCst) {
-                true => Err(io::ErrorKind::StorageFull.into()),
-                false => Ok(()),
-            }
-        }
-        fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
-            self.0.write(offset, data)
-        }
-    }
     let file = Shared::new();
-    let (mut journal, _) = Journal::open(Box::new(Failing(file, true.into())), CAPACITY, 0, false).unwrap();
+    let (mut journal, _) = file.open(0).unwrap();
+    file.1.store(true, Ordering::SeqCst);
     assert!(journal.append([entry(1)].iter()).is_err());
     assert!(journal.append([entry(2)].iter()).is_err(), "the disk works again, and nobody knows what it has");
 }
