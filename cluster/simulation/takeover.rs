@@ -45,7 +45,11 @@ async fn measure(world: &mut World, leader: bool) -> Result<Duration, String> {
     }
     running(world, |node| node == dies).await?;
     // A node whose agent has just come is known to have leases a moment later; before, nothing may be moved from it.
+    let until = Instant::now() + WAIT_MAX;
     while !some.replica().state().nodes().all(|node| node.offer.leased) {
+        if Instant::now() > until {
+            return Err("not all nodes are known to have leases".into());
+        }
         tokio::time::sleep(LOOK).await;
     }
     world.kill(dies, true, Duration::from_secs(3600));

@@ -240,8 +240,7 @@ fn record(bytes: &[u8], generation: u64, number: u64) -> Option<&[u8]> {
 }
 
 fn later(bytes: &[u8], generation: u64, number: u64) -> bool {
-    bytes.starts_with(MAGIC)
-        && any_record(bytes).is_some_and(|found| found.0 == generation && found.1 > number)
+    any_record(bytes).is_some_and(|found| found.0 == generation && found.1 > number)
 }
 
 #[cfg(test)]

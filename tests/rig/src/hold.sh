@@ -6,10 +6,9 @@
 # `__cfs_bandwidth_used`, all over the scheduler: a limit of processor time. `cpusets_enabled_key`, all over the allocation of
 # memory: a group with a set of processors. While an inner group may have both, nobody takes them from the outer ones.
 group=/sys/fs/cgroup/rig-hold
-mkdir -p "$group/inner"
-echo "+cpu +cpuset" >/sys/fs/cgroup/cgroup.subtree_control
-echo "+cpu +cpuset" >"$group/cgroup.subtree_control"
-echo 1000 100000 >"$group/cpu.max" || { echo no limit of processor time can be set; exit 1; }
+mkdir -p "$group/inner" && echo "+cpu +cpuset" >/sys/fs/cgroup/cgroup.subtree_control &&
+    echo "+cpu +cpuset" >"$group/cgroup.subtree_control" && echo 1000 100000 >"$group/cpu.max" ||
+    { echo no limit of processor time or no set of processors can be made; exit 1; }
 
 # Keys of hash functions, made at the first connection: nobody needs to answer
 perl -e 'use Socket qw(:DEFAULT SOCK_NONBLOCK); for (pack_sockaddr_in(9, INADDR_LOOPBACK), pack_sockaddr_in6(9, IN6ADDR_LOOPBACK)) {

@@ -20,6 +20,8 @@ pub const MAX_HOSTS: u8 = 3;
 
 /// How often a host that no longer answers is asked where its processors are.
 const SAMPLES: usize = 6;
+/// The flag of a processor that takes interrupts (EFLAGS.IF).
+const INTERRUPTS: u64 = 1 << 9;
 /// Time between two of these questions.
 const BETWEEN_SAMPLES: Duration = Duration::from_millis(300);
 /// How long a host that no longer answers may take to tell where it is.
@@ -328,12 +330,18 @@ fn places(registers: &str) -> String {
     registers.lines().filter(wanted).map(|line| format!("{}\n", line.trim())).collect()
 }
 
-/// Whether a processor was at the same instruction in all samples of [`places`] without being halted: even a loop that waits
-/// for something has several instructions.
+/// Whether a processor was at the same instruction of the kernel in all samples of [`places`], not halted and with interrupts
+/// off. A guest that loops has interrupts on or is interrupted by the host, and a wait for something has several instructions.
 fn hung(samples: &[String]) -> bool {
     let Some((first, rest)) = samples.split_first() else { return false };
     let place = |line: &str| line.split_whitespace().next().unwrap_or_default().to_owned();
-    let running = |line: &str| line.contains("RIP=") && line.contains("HLT=0");
+    let interrupts = |line: &str| {
+        let flags = line.split_whitespace().find_map(|word| word.strip_prefix("RFL="));
+        flags
+            .and_then(|flags| u64::from_str_radix(flags, 16).ok())
+            .is_none_or(|flags| flags & INTERRUPTS != 0)
+    };
+    let running = |line: &str| line.contains("RIP=ffffffff") && line.contains("HLT=0") && !interrupts(line);
     first.lines().enumerate().any(|(number, line)| {
         let same = |other: &String| {
             other.lines().nth(number).is_some_and(|other| running(other) && place(other) == place(line))
@@ -379,11 +387,15 @@ mod tests {
     fn a_processor_that_runs_and_does_not_move_hangs() {
         let sample = |first: &str, second: &str| format!("CPU#0\n{first}\nCPU#1\n{second}\n");
         let (idle, busy) =
-            ("RIP=ffffffff81000000 RFL=00000246 HLT=1", "RIP=ffffffff81000010 RFL=00000246 HLT=0");
-        let elsewhere = "RIP=ffffffff81000020 RFL=00000246 HLT=0";
+            ("RIP=ffffffff81000000 RFL=00000046 HLT=1", "RIP=ffffffff81000010 RFL=00000046 HLT=0");
+        let elsewhere = "RIP=ffffffff81000020 RFL=00000046 HLT=0";
+        let interruptible = "RIP=ffffffff81000010 RFL=00000246 HLT=0";
+        let program = "RIP=0000000000400010 RFL=00000046 HLT=0";
         assert!(hung(&[sample(idle, busy), sample(idle, busy)]));
         assert!(!hung(&[sample(idle, busy), sample(idle, elsewhere)]));
-        assert!(!hung(&[sample(idle, idle), sample(idle, idle)]));
+        for fine in [idle, interruptible, program] {
+            assert!(!hung(&[sample(idle, fine), sample(idle, fine)]), "{fine}");
+        }
         assert!(!hung(&[sample(idle, busy)]) && !hung(&[]));
     }
 
