@@ -163,6 +163,24 @@ pub async fn form(world: &mut World, nodes: usize) -> Result<(), String> {
     Ok(())
 }
 
+/// Forms a cluster whose nodes come all at once: what it costs to form a large one otherwise grows with the cube of its size,
+/// since each node is told of each one that joins, with the list of all.
+///
+/// # Errors
+/// Why not.
+pub async fn form_at_once(world: &mut World, nodes: usize) -> Result<(), String> {
+    world.found().await?;
+    let mut admitted = Vec::new();
+    for _ in 1..nodes {
+        admitted.push(world.admit().await?);
+    }
+    for node in admitted {
+        world.start(node, false).await;
+    }
+    world.formed().await;
+    Ok(())
+}
+
 fn look(checks: &mut Checks, world: &World, trace: &Trace) {
     checks.look(world);
     if let Some(panic) = PANIC.take() {

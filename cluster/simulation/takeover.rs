@@ -9,7 +9,7 @@ use blixard_node::state::{Command, NodeId};
 use tokio::time::Instant;
 
 use crate::dice::Dice;
-use crate::run::{form, simulated};
+use crate::run::{form_at_once, simulated};
 use crate::trace::Trace;
 use crate::world::{IMAGE, World};
 
@@ -28,7 +28,7 @@ pub fn run(seed: u64, nodes: usize, leader: bool) -> Result<Duration, String> {
     simulated(seed, async move |folder| {
         let (mut dice, trace) = (Dice::new(seed), Trace::new(false));
         let mut world = World::new(dice.fork(), trace.clone(), folder);
-        form(&mut world, nodes).await?;
+        form_at_once(&mut world, nodes).await?;
         let result = measure(&mut world, leader).await;
         trace.found().map_or(result, Err)
     })

@@ -16,6 +16,7 @@ mod node;
 mod run;
 mod takeover;
 mod trace;
+mod transfer;
 mod world;
 
 use std::time::Duration;
@@ -82,4 +83,10 @@ fn the_vms_of_a_dead_host_run_elsewhere_within_ten_seconds_however_many_nodes_th
             );
         }
     }
+}
+
+#[test]
+fn a_voter_that_was_elected_instead_of_the_one_that_was_meant_hands_over_in_turn() {
+    let twice = (1..=10).filter(|seed| transfer::run(*seed).unwrap()).count();
+    assert!(twice > 0, "in none of the runs was the other one elected");
 }

@@ -261,6 +261,16 @@ impl World {
     /// # Errors
     /// Why not.
     pub async fn join(&mut self) -> Result<NodeId, String> {
+        let node = self.admit().await?;
+        self.start(node, false).await;
+        Ok(node)
+    }
+
+    /// Another node is admitted, and has yet to start.
+    ///
+    /// # Errors
+    /// Why not.
+    pub async fn admit(&mut self) -> Result<NodeId, String> {
         self.tokens += 1;
         let sha256 = format!("token {}", self.tokens);
         let token = JoinTokenRecord { sha256: sha256.clone(), created_at_ms: 0, expires_at_ms: u64::MAX };
@@ -273,7 +283,6 @@ impl World {
             return Err("no node is answered".into());
         };
         self.add_place(record.id);
-        self.start(record.id, false).await;
         Ok(record.id)
     }
 

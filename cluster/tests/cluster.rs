@@ -221,9 +221,17 @@ fn leadership_moves_on_request_and_when_the_leader_ends_in_good_order() {
     let leader = leader_of(&nodes);
     let other = (leader + 1) % 3;
     let wanted = nodes[other].name().to_owned();
-    let answer = nodes[leader].post("/v1/cluster:transfer-leader", &json!({"to": wanted}));
-    assert_eq!(answer.status, 200, "{}", answer.text());
-    assert_eq!(answer.json()["leader"], *wanted);
+    // Any node can be asked: the leader, the one that shall lead, a third one.
+    for asked in [leader, other, (leader + 2) % 3] {
+        let answer = nodes[asked].post("/v1/cluster:transfer-leader", &json!({"to": wanted}));
+        assert_eq!(answer.status, 200, "{}", answer.text());
+        assert_eq!(answer.json()["leader"], *wanted);
+    }
+    let back = nodes[leader].name().to_owned();
+    let answer = nodes[(leader + 2) % 3].post("/v1/cluster:transfer-leader", &json!({"to": back}));
+    assert_eq!((answer.status, &answer.json()["leader"]), (200, &json!(back)), "{}", answer.text());
+    let answer = nodes[other].post("/v1/cluster:transfer-leader", &json!({"to": wanted}));
+    assert_eq!((answer.status, &answer.json()["leader"]), (200, &json!(wanted)), "{}", answer.text());
     assert!(nodes[other].terminate());
     let rest = if leader == 0 { 0 } else { leader };
     assert_eq!(nodes[rest].post(VMS, &create(1, "a")).status, 201);

@@ -13,6 +13,7 @@ use openraft::{BasicNode, ChangeMembers, Instant, RaftMetrics};
 use tokio_util::sync::CancellationToken;
 
 use super::Consensus;
+use super::peer::call::Question;
 use super::types::Types;
 use crate::state::{NodeId, NodeRecord, State};
 
@@ -23,11 +24,14 @@ const LAG_MAX: u64 = 500;
 /// Time between two looks when nothing calls for one.
 const LOOK: Duration = Duration::from_millis(500);
 
+/// Pause before a leader is looked for again that gave another answer than was hoped for.
+const PAUSE: Duration = Duration::from_millis(50);
+
 /// A step toward the membership that shall be.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Step {
-    /// This node becomes a learner.
-    Add(NodeId),
+    /// These nodes become learners.
+    Add(BTreeSet<NodeId>),
     /// These vote from now on, the other voters become learners.
     Vote(BTreeSet<NodeId>),
     /// These leave.
@@ -55,8 +59,9 @@ pub fn next_step(state: &State, members: &Members) -> Option<Step> {
     // A state without a cluster is one that has not been made yet.
     state.cluster()?;
     let nodes: BTreeMap<NodeId, &NodeRecord> = state.nodes().map(|node| (node.id, node.as_ref())).collect();
-    if let Some(new) = nodes.keys().find(|node| !members.all.contains(node)) {
-        return Some(Step::Add(*new));
+    let new: BTreeSet<NodeId> = nodes.keys().copied().filter(|node| !members.all.contains(node)).collect();
+    if !new.is_empty() {
+        return Some(Step::Add(new));
     }
     let wanted = voters(&nodes, members);
     if !wanted.is_empty() && wanted != members.voters {
@@ -140,10 +145,9 @@ impl Consensus {
             let Some(step) = step else { continue };
             tracing::info!(?step, "the membership changes");
             let result = match step {
-                Step::Add(node) => {
-                    let address = self.replica.state().node(node).and_then(|record| record.address);
-                    let node_info = BasicNode { addr: address.map(|a| a.to_string()).unwrap_or_default() };
-                    self.raft.add_learner(node, node_info, false).await.map(drop)
+                Step::Add(nodes) => {
+                    let added = self.addresses_of(nodes);
+                    self.raft.change_membership(ChangeMembers::AddNodes(added), true).await.map(drop)
                 }
                 Step::Vote(voters) => {
                     self.raft.change_membership(ChangeMembers::ReplaceAllVoters(voters), true).await.map(drop)
@@ -164,23 +168,81 @@ impl Consensus {
         }
     }
 
-    /// Hands leadership over to another voter; answers once this member no longer leads or the time is over.
+    fn addresses_of(&self, nodes: BTreeSet<NodeId>) -> BTreeMap<NodeId, BasicNode> {
+        let state = self.replica.state();
+        let address = |node| state.node(node).and_then(|record| record.address);
+        let known = |node| BasicNode { addr: address(node).map(|a| a.to_string()).unwrap_or_default() };
+        nodes.into_iter().map(|node| (node, known(node))).collect()
+    }
+
+    /// Makes another voter lead; asks the leader when that is another member. While a leader gives up, any voter may stand for
+    /// election: when another one wins than was meant, it is asked in turn.
     ///
     /// # Errors
-    /// A sentence when it cannot be.
+    /// A sentence when it cannot be, or was not within `time`.
     pub async fn transfer(&self, to: NodeId, time: Duration) -> Result<(), String> {
-        if self.leader_id() == Some(to) {
-            return Ok(());
+        let deadline = tokio::time::Instant::now() + time;
+        let mut reason = "no leader is known: too few voters can be reached".to_owned();
+        loop {
+            let leader = self.leader_id();
+            if leader == Some(to) {
+                return Ok(());
+            }
+            self.check_voter(to)?;
+            let step = async {
+                match leader {
+                    Some(leader) if leader == self.node => self.give_up(to, time).await,
+                    Some(leader) => {
+                        let answer: Result<Option<String>, _> =
+                            self.ask_member(leader, &Question::GiveUp(to), time).await;
+                        answer
+                            .map_err(|error| format!("{} leads: {error}", self.name_of(leader)))?
+                            .map_or(Ok(()), Err)
+                    }
+                    None => Ok(()),
+                }?;
+                self.leader_is_other_than(leader, time).await
+            };
+            match tokio::time::timeout_at(deadline, step).await {
+                Ok(Ok(())) => {
+                    if let Some(other) = self.leader_id().filter(|other| *other != to) {
+                        reason = format!("{} was elected instead", self.name_of(other));
+                    }
+                }
+                // The next look decides anew: the leader may be another by now.
+                Ok(Err(error)) => {
+                    reason = error;
+                    tokio::time::sleep(PAUSE).await;
+                }
+                Err(_) => return Err(reason),
+            }
         }
+    }
+
+    /// As the leader: asks another voter to stand for election at once, and waits until another member leads.
+    ///
+    /// # Errors
+    /// When this member does not lead, that one does not vote, or no other was elected within `time`.
+    pub async fn give_up(&self, to: NodeId, time: Duration) -> Result<(), String> {
         if !self.leads() {
-            return Err("this node does not lead".into());
+            return Err(format!("{} does not lead", self.name_of(self.node)));
         }
-        if !self.raft.voter_ids().any(|voter| voter == to) {
-            return Err(format!("{} does not vote", self.name_of(to)));
-        }
+        self.check_voter(to)?;
         self.raft.trigger().transfer_leader(to).await.map_err(|error| error.to_string())?;
-        let wait = self.raft.wait(Some(time)).metrics(|m| m.current_leader == Some(to), "hand over").await;
-        wait.map(drop).map_err(|error| error.to_string())
+        self.leader_is_other_than(Some(self.node), time).await
+    }
+
+    fn check_voter(&self, node: NodeId) -> Result<(), String> {
+        let votes = self.raft.voter_ids().any(|voter| voter == node);
+        votes.then_some(()).ok_or_else(|| format!("{} does not vote", self.name_of(node)))
+    }
+
+    /// Waits until somebody leads, and not this one.
+    async fn leader_is_other_than(&self, node: Option<NodeId>, time: Duration) -> Result<(), String> {
+        let other =
+            |metrics: &RaftMetrics<Types>| metrics.current_leader.is_some() && metrics.current_leader != node;
+        let wait = self.raft.wait(Some(time)).metrics(other, "another leads").await;
+        wait.map(drop).map_err(|_| "no other voter has been elected".to_owned())
     }
 
     /// Which members vote, and the milliseconds since each answered the leader, as far as this member knows.
@@ -236,7 +298,8 @@ mod tests {
     #[test]
     fn a_new_node_learns_first_and_votes_when_it_has_caught_up_and_the_number_is_odd() {
         let state = state(&["a", "b", "c"]);
-        assert_eq!(next_step(&state, &members(&[1], &[1], &[1])), Some(Step::Add(2)));
+        let new = next_step(&state, &members(&[1], &[1], &[1]));
+        assert_eq!(new, Some(Step::Add([2, 3].into())), "all at once");
         assert_eq!(next_step(&state, &members(&[1], &[1, 2, 3], &[1])), None);
         assert_eq!(next_step(&state, &members(&[1], &[1, 2, 3], &[1, 2])), None, "two voters are no better");
         let three = Some(Step::Vote([1, 2, 3].into()));

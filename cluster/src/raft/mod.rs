@@ -290,7 +290,7 @@ impl Consensus {
     pub async fn hand_over(&self) {
         let other = self.raft.voter_ids().find(|voter| *voter != self.node);
         let (true, Some(other)) = (self.leads(), other) else { return };
-        if let Err(reason) = self.transfer(other, HAND_OVER_MAX).await {
+        if let Err(reason) = self.give_up(other, HAND_OVER_MAX).await {
             tracing::warn!("leadership was not handed over: {reason}");
         }
     }

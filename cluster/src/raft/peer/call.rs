@@ -38,6 +38,9 @@ pub enum Question {
     Propose(Box<Proposal>),
     /// How far a linearizable read must have applied the log, as the leader.
     ReadIndex,
+    /// To let this voter lead, as the leader. Answered with nothing once another member leads, which may be a third one, or
+    /// with the reason why not.
+    GiveUp(NodeId),
     /// To answer a heartbeat of the asking node, as a voter: [`Beaten`].
     Beat {
         /// A majority of the voters replies to the asking node.

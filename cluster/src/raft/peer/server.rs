@@ -24,6 +24,8 @@ use crate::state::NodeId;
 
 /// Longest wait for the first frame.
 const FIRST_MAX: Duration = Duration::from_secs(10);
+/// How long a leader that is asked to give up waits until another leads.
+const GIVE_UP_MAX: Duration = Duration::from_secs(10);
 /// Members that are sent content at once; others wait, and ask elsewhere when it takes too long.
 const SERVED_MAX: usize = 8;
 /// Append requests that are read ahead.
@@ -272,6 +274,7 @@ impl PeerServer {
                 };
                 serde_json::to_vec(&answer)
             }
+            Question::GiveUp(to) => serde_json::to_vec(&self.consensus.give_up(to, GIVE_UP_MAX).await.err()),
             Question::Beat { connected } => serde_json::to_vec(&self.consensus.heartbeat_of(
                 node,
                 connected,

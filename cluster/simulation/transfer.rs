@@ -1,0 +1,41 @@
+//! Leadership that shall move to a voter which the leader cannot reach: the third one is elected, and hands over in turn.
+
+use std::time::Duration;
+
+use crate::dice::Dice;
+use crate::run::{form, simulated};
+use crate::trace::Trace;
+use crate::world::World;
+
+/// The request may take this long: the election of the third voter, and one more.
+const TIME: Duration = Duration::from_secs(5);
+
+/// Runs it. Answers whether there were two elections: the one that is meant may win at once.
+///
+/// # Errors
+/// What was wrong.
+pub fn run(seed: u64) -> Result<bool, String> {
+    simulated(seed, async move |folder| {
+        let (mut dice, trace) = (Dice::new(seed), Trace::new(false));
+        let mut world = World::new(dice.fork(), trace.clone(), folder);
+        form(&mut world, 3).await?;
+        let result = transfer(&world).await;
+        trace.found().map_or(result, Err)
+    })
+    .map_err(|error| error.to_string())?
+}
+
+async fn transfer(world: &World) -> Result<bool, String> {
+    let (some, _) = world.running.all().into_iter().next().ok_or("no node runs")?;
+    let leads = some.leader_id().ok_or("nobody leads")?;
+    let mut others = world.places.keys().copied().filter(|node| *node != leads);
+    let (to, third) = others.next().zip(others.next()).ok_or("there are no two others")?;
+    let (third, _) = world.running.get(third).ok_or("a node does not run")?;
+    let term = third.numbers().term;
+    world.network.cut(leads, to, true);
+    third.transfer(to, TIME).await.map_err(|reason| format!("not handed over: {reason}"))?;
+    if third.leader_id() != Some(to) {
+        return Err("another leads".into());
+    }
+    Ok(third.numbers().term > term + 1)
+}
