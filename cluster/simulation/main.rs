@@ -14,6 +14,7 @@ mod host;
 mod linear;
 mod network;
 mod node;
+mod operator;
 mod run;
 mod takeover;
 mod trace;
@@ -23,6 +24,10 @@ use std::time::Instant;
 
 use anyhow::{Context, ensure};
 use clap::Parser;
+
+/// As in the node: with musl's own it takes half as long again.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 /// What to run.
 #[derive(Debug, Parser)]

@@ -13,6 +13,7 @@ use crate::clients::Client;
 use crate::dice::Dice;
 use crate::faults::Faults;
 use crate::history::History;
+use crate::operator::Operator;
 use crate::trace::Trace;
 use crate::world::World;
 
@@ -103,6 +104,7 @@ async fn simulate(settings: Settings, folder: PathBuf) -> Outcome {
         trace.wrong(format_args!("the cluster is not formed: {error}"));
     }
     let mut faults = Faults::new(dice.fork());
+    let mut operator = Operator::new(settings.seed);
     trace.note(format_args!("{nodes} nodes, faults {:?}", faults.kinds()));
     let stop = CancellationToken::new();
     let mut clients = tokio::task::JoinSet::new();
@@ -132,12 +134,13 @@ async fn simulate(settings: Settings, folder: PathBuf) -> Outcome {
         faults.repair_due(&mut world);
         world.supervise().await;
         faults.strike(&mut world).await;
+        operator.act(&mut world).await;
     }
     if trace.found().is_none() {
         faults.end(&mut world);
         stop.cancel();
         while clients.join_next().await.is_some() {}
-        converge(&mut world, &mut checks, &trace).await;
+        converge(&mut world, &mut operator, &mut checks, &trace).await;
     }
     let mut answered = 0;
     if trace.found().is_none() {
@@ -188,7 +191,7 @@ fn look(checks: &mut Checks, world: &World, trace: &Trace) {
     }
 }
 
-async fn converge(world: &mut World, checks: &mut Checks, trace: &Trace) {
+async fn converge(world: &mut World, operator: &mut Operator, checks: &mut Checks, trace: &Trace) {
     let until = Instant::now() + CONVERGE_MAX;
     for place in world.places.values() {
         place.machine.host.calm();
@@ -201,7 +204,9 @@ async fn converge(world: &mut World, checks: &mut Checks, trace: &Trace) {
         if trace.found().is_some() {
             return;
         }
-        let Some(missing) = missing(world) else { return trace.note("all is as it shall be") };
+        let tidy = operator.tidy(world).await;
+        let missing = if tidy { missing(world) } else { Some("nodes are not to be used".into()) };
+        let Some(missing) = missing else { return trace.note("all is as it shall be") };
         if Instant::now() > until {
             return trace.wrong(format_args!("it does not come to rest: {missing}"));
         }

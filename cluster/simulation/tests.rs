@@ -13,6 +13,7 @@ mod host;
 mod linear;
 mod network;
 mod node;
+mod operator;
 mod run;
 mod takeover;
 mod trace;

@@ -48,6 +48,8 @@ pub struct Place {
     pub powered: bool,
     /// It was taken out of the cluster.
     pub removed: bool,
+    /// A state of this revision or a later one that does not know it is one of a cluster that it has left.
+    pub since: u64,
 }
 
 /// The nodes that run now, for clients.
@@ -127,13 +129,14 @@ impl World {
         Self { places, network, census, trace, running, dice, folder, tokens: 0 }
     }
 
-    fn add_place(&mut self, node: NodeId) {
+    /// A host for this node, which is a member since this revision.
+    pub fn add_place(&mut self, node: NodeId, since: u64) {
         let fast = i64::try_from(self.dice.within(0..=2 * FAST_PPM_MAX)).unwrap_or(0);
         let clock = Arc::new(HostClock::new(fast - i64::try_from(FAST_PPM_MAX).unwrap_or(0)));
         let host = Host::new(node, clock, self.dice.fork(), self.census.clone(), self.trace.clone());
         let disk = Disk::new(self.dice.fork());
         let machine = Machine { host, disk, network: self.network.clone(), trace: self.trace.clone() };
-        let place = Place { machine, node: None, runs: 0, again: None, powered: true, removed: false };
+        let place = Place { machine, node: None, runs: 0, again: None, powered: true, removed: false, since };
         self.places.insert(node, place);
     }
 
@@ -213,7 +216,8 @@ impl World {
     /// # Errors
     /// Why not.
     pub async fn propose(&self, command: Command) -> Result<Answer, String> {
-        let (consensus, _) = self.running.all().into_iter().next().ok_or("no node runs")?;
+        let mut members = self.places.iter().filter(|(_, place)| !place.removed);
+        let (consensus, _) = members.find_map(|(node, _)| self.running.get(*node)).ok_or("no node runs")?;
         let proposal = Proposal { now_ms: consensus.clock().now_ms(), key: None, command };
         let (_, outcome) = consensus.propose(proposal).await.map_err(|error| error.to_string())?;
         outcome.map_err(|refusal| refusal.to_string())
@@ -224,7 +228,7 @@ impl World {
     /// # Errors
     /// Why not.
     pub async fn found(&mut self) -> Result<(), String> {
-        self.add_place(1);
+        self.add_place(1, 0);
         self.start(1, true).await;
         let (consensus, _) = self.running.get(1).ok_or("the first node does not run")?;
         consensus.recovered().await.map_err(|error| error.to_string())?;
@@ -251,6 +255,8 @@ impl World {
             Command::InitCluster { feature_level: FEATURE_LEVEL, network, node: 1, node_name: "n1".into() };
         self.propose(init).await?;
         self.propose(Command::Member(Box::new(MemberCommand::Announce { node: 1, facts: facts(1) }))).await?;
+        let since = consensus.replica().state().revision();
+        self.places.entry(1).and_modify(|place| place.since = since);
         self.propose(image(IMAGE, 1)).await?;
         self.propose(Command::PutKernel(Box::new(kernel))).await?;
         Ok(())
@@ -282,7 +288,8 @@ impl World {
         let Answer::Node(record) = self.propose(Command::Member(Box::new(join))).await? else {
             return Err("no node is answered".into());
         };
-        self.add_place(record.id);
+        let newest = self.running.all().into_iter().map(|(node, _)| node.replica().state().revision()).max();
+        self.add_place(record.id, newest.unwrap_or(0));
         Ok(record.id)
     }
 
