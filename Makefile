@@ -5,15 +5,20 @@ CARGO ?= cargo
 TARGET := x86_64-unknown-linux-musl
 DEBUG := target/$(TARGET)/debug
 RELEASE := target/$(TARGET)/release
-PROGRAMS := -p blixard-cli -p blixard-node -p blixard-agent -p blixard-netd -p blixard-vmm -p blixard-init -p blixard-rig
+PROGRAMS := -p blixard-cli -p blixard-node -p blixard-agent -p blixard-netd -p blixard-init -p blixard-rig
 
 .PHONY: help
 help: ## this text
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
 
-.PHONY: demo
-demo: prerequisites-build ## a VM from nothing: boots, answers exec, fetches a page, is removed without trace
+.PHONY: release
+release: prerequisites-build ## all programs as they are installed, in target/x86_64-unknown-linux-musl/release
 	$(CARGO) build --release $(PROGRAMS)
+	$(CARGO) build --profile lean -p blixard-vmm
+	install -m 755 target/$(TARGET)/lean/blixard-vmm $(RELEASE)/blixard-vmm
+
+.PHONY: demo
+demo: release ## a VM from nothing: boots, answers exec, fetches a page, is removed without trace
 	sh tests/demo.sh $(RELEASE)
 
 .PHONY: test
@@ -50,8 +55,8 @@ fix: ## repair what `make check` finds, where a program can
 	$(CARGO) clippy --workspace --all-targets --fix --allow-dirty --allow-staged
 
 .PHONY: bench
-bench: prerequisites-build ## benchmarks: tables, and JSON in target/bench; FIRECRACKER=PATH compares the VMM with it
-	$(CARGO) build --release $(PROGRAMS) -p blixard-bench
+bench: release ## benchmarks: tables, and JSON in target/bench; FIRECRACKER=PATH compares the VMM with it
+	$(CARGO) build --release -p blixard-bench
 	FIRECRACKER=$(FIRECRACKER) sh bench/all.sh $(RELEASE)
 
 .PHONY: fuzz

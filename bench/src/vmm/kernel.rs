@@ -104,6 +104,7 @@ pub fn run(options: &Options, out: &Path) -> Result<Comparison, VmmError> {
         initramfs: Some(archive),
         cmdline: options.cmdline.clone(),
         memory_mib: options.memory,
+        fork_ready: false,
         devices: Devices::default(),
     };
     let programs = options.contest.programs();

@@ -94,12 +94,22 @@ pub enum VmmError {
     #[error("a program has no standard output")]
     NoOutput,
     /// A guest did not print what it should.
-    #[error("a guest did not print {text:?}; it printed {heard:?}")]
+    #[error("a guest of {program:?} did not print {text:?}; it printed {heard:?}; the program {ended}")]
     Silent {
+        /// The program.
+        program: PathBuf,
         /// What it should print.
         text: String,
         /// What it printed since.
         heard: String,
+        /// What became of the program.
+        ended: String,
+    },
+    /// A line of a program is not what it should be.
+    #[error("a program answered {line:?}")]
+    Line {
+        /// The line.
+        line: String,
     },
     /// Output cannot be waited for.
     #[error("cannot wait for output")]
@@ -165,7 +175,14 @@ impl Bench<'_> {
         let kernel = self.folder.join(format!("{guest:?}.elf"));
         fs::write(&kernel, guest.elf()).map_err(|e| VmmError::file(&kernel, e))?;
         let cmdline = "reboot=k panic=-1".into();
-        Ok(Shape { kernel, initramfs: None, cmdline, memory_mib: 128, devices: Devices::default() })
+        Ok(Shape {
+            kernel,
+            initramfs: None,
+            cmdline,
+            memory_mib: 128,
+            fork_ready: false,
+            devices: Devices::default(),
+        })
     }
 }
 

@@ -51,6 +51,8 @@ pub struct Shape {
     pub cmdline: String,
     /// Memory in MiB.
     pub memory_mib: u32,
+    /// Ours: memory from which a fork copies nothing.
+    pub fork_ready: bool,
     /// Disks and nic.
     pub devices: Devices,
 }
@@ -111,6 +113,9 @@ impl Program {
                 if let Some(initramfs) = &shape.initramfs {
                     command.arg("--initramfs").arg(initramfs);
                 }
+                if shape.fork_ready {
+                    command.arg("--fork-ready");
+                }
                 for (path, read_only) in &devices.disks {
                     let mode = if *read_only { ",ro" } else { "" };
                     command.arg("--disk").arg(format!("{}{mode}", path.display()));
@@ -142,7 +147,11 @@ impl Program {
                     "machine-config": {"vcpu_count": 1, "mem_size_mib": shape.memory_mib},
                 });
                 let path = folder.join("firecracker.json");
-                fs::write(&path, config.to_string()).map_err(|e| VmmError::file(&path, e))?;
+                // Another starter's Firecracker may be reading it.
+                let config = config.to_string();
+                if fs::read_to_string(&path).ok().as_ref() != Some(&config) {
+                    fs::write(&path, config).map_err(|e| VmmError::file(&path, e))?;
+                }
                 command.args(["--boot-timer", "--level", "Error", "--log-path", "/dev/null"]);
                 command.arg("--config-file").arg(path);
                 if devices.pci {
@@ -157,6 +166,7 @@ impl Program {
 
 /// A VM that runs; it is killed when it is dropped.
 pub struct Running {
+    program: PathBuf,
     child: Child,
     output: ChildStdout,
     begun: Instant,
@@ -169,9 +179,10 @@ impl Running {
     pub fn start(mut command: Command) -> Result<Self, VmmError> {
         let program = PathBuf::from(command.get_program());
         let begun = Instant::now();
-        let mut child = command.spawn().map_err(|source| VmmError::Start { program, source })?;
+        let mut child =
+            command.spawn().map_err(|source| VmmError::Start { program: program.clone(), source })?;
         let output = child.stdout.take().ok_or(VmmError::NoOutput)?;
-        Ok(Self { child, output, begun, heard: String::new(), last: false })
+        Ok(Self { program, child, output, begun, heard: String::new(), last: false })
     }
 
     /// Number of the process.
@@ -188,7 +199,7 @@ impl Running {
                 return Ok(self.begun.elapsed());
             }
             if self.last || !self.read()? {
-                return Err(VmmError::Silent { text: text.into(), heard: self.heard.clone() });
+                return Err(self.silent(text));
             }
         }
     }
@@ -203,9 +214,22 @@ impl Running {
                 return Ok(line);
             }
             if self.last || !self.read()? {
-                return Err(VmmError::Silent { text: text.into(), heard: self.heard.clone() });
+                return Err(self.silent(text));
             }
         }
+    }
+
+    /// That `text` was not printed, with what became of the program.
+    fn silent(&mut self, text: &str) -> VmmError {
+        // After the end of its output it ends, if it has not yet.
+        let status = if self.last { self.child.wait().map(Some) } else { self.child.try_wait() };
+        let ended = match status {
+            Ok(Some(status)) => format!("ended, {status}"),
+            Ok(None) => "still runs".to_owned(),
+            Err(error) => error.to_string(),
+        };
+        let program = self.program.clone();
+        VmmError::Silent { program, text: text.into(), heard: self.heard.clone(), ended }
     }
 
     /// Reads more; false at the end of the output or of patience.

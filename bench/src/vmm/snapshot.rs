@@ -136,48 +136,73 @@ pub fn snapshots(bench: &Bench, table: &mut Comparison) -> Result<(), VmmError> 
     Ok(())
 }
 
-/// Children of a running VM, ours only: the peer has no fork.
+/// Children of a running VM, ours only: the peer has no fork. Once of a VM that is made to be forked, once of one that is not.
 pub fn forks(bench: &Bench, table: &mut Comparison) -> Result<(), VmmError> {
     let Some(program) = bench.programs.first() else { return Ok(()) };
-    let shape = Shape { memory_mib: PARENT_MIB, ..bench.shape(Guest::DirtiesAndIdles)? };
     for _ in 0..bench.options.rounds {
-        let place = Place::of(bench, program);
-        let parent = start(bench, program, &shape, &place)?;
-        let sockets = bench.memory_folder().join("child");
-        (0..CHILDREN).for_each(|number| drop(fs::remove_file(child_socket(&sockets, number))));
-        let begun = Instant::now();
-        let mut client = Command::new(&program.path);
-        client.arg("fork").arg(&place.socket).arg(CHILDREN.to_string()).arg("--control").arg(&sockets);
-        client.arg("--no-stdin").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
-        let mut client =
-            client.spawn().map_err(|source| VmmError::Start { program: program.path.clone(), source })?;
-        let output = client.stdout.take().ok_or(VmmError::NoOutput)?;
-        let mut lines = BufReader::new(output).lines();
-        let mut line = || lines.next().and_then(Result::ok).unwrap_or_default();
-        let made: Value = serde_json::from_str(&line()).unwrap_or_default();
-        let mut processes = vec![];
-        for number in 0..CHILDREN {
-            let text = line();
-            let process = text.split(['s', ' ', ',']).filter_map(|word| word.parse::<u32>().ok()).nth(1);
-            processes.extend(process);
-            ask(&child_socket(&sockets, number), &json!("status"), &[])?;
+        for fork_ready in [true, false] {
+            let forked = fork(bench, program, fork_ready)?;
+            let row = if fork_ready {
+                "fork of a 512 MiB VM"
+            } else {
+                "first fork of one that was not made for it"
+            };
+            let mut add = |row: &str, unit, most, value| table.add(row, unit, Better::AtMost(most), 0, value);
+            add(&format!("{row}, each of 100 children until it runs"), "ms", 3.0, forked.child_ms);
+            add(&format!("{row}, memory of a child (PSS)"), "KiB", 1024.0, forked.child_kib);
+            add(&format!("{row}, pause of the parent"), "ms", 5.0, forked.pause_ms);
         }
-        let took = ms(begun.elapsed()) / f64::from(CHILDREN);
-        let mut kib = 0.0;
-        for process in &processes {
-            kib += pss_kib(*process)?;
-        }
-        (0..CHILDREN).for_each(|number| drop(ask(&child_socket(&sockets, number), &json!("kill"), &[])));
-        let _ = client.wait();
-        drop(parent);
-        let pause = made.pointer("/forked/pause_us").and_then(Value::as_u64);
-        let pause = pause.and_then(|us| u32::try_from(us).ok()).map_or(f64::NAN, |us| f64::from(us) / 1000.0);
-        let mut add = |row, unit, most, value| table.add(row, unit, Better::AtMost(most), 0, value);
-        add("fork of a 512 MiB VM, each of 100 children until it runs", "ms", 3.0, took);
-        add("  memory of a child (PSS, with what it wrote)", "KiB", 1024.0, kib / f64::from(CHILDREN));
-        add("  pause of the parent", "ms", 5.0, pause);
     }
     Ok(())
+}
+
+/// What a fork took.
+struct Forked {
+    /// For each child until it runs.
+    child_ms: f64,
+    /// Memory of a child with what it wrote.
+    child_kib: f64,
+    /// How long the parent stood still.
+    pause_ms: f64,
+}
+
+fn fork(bench: &Bench, program: &Program, fork_ready: bool) -> Result<Forked, VmmError> {
+    let shape = Shape { memory_mib: PARENT_MIB, fork_ready, ..bench.shape(Guest::DirtiesAndIdles)? };
+    let place = Place::of(bench, program);
+    let parent = start(bench, program, &shape, &place)?;
+    let sockets = bench.memory_folder().join("child");
+    (0..CHILDREN).for_each(|number| drop(fs::remove_file(child_socket(&sockets, number))));
+    let begun = Instant::now();
+    let mut client = Command::new(&program.path);
+    client.arg("fork").arg(&place.socket).arg(CHILDREN.to_string()).arg("--control").arg(&sockets);
+    client.arg("--no-stdin").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
+    let mut client =
+        client.spawn().map_err(|source| VmmError::Start { program: program.path.clone(), source })?;
+    let output = client.stdout.take().ok_or(VmmError::NoOutput)?;
+    let mut lines = BufReader::new(output).lines();
+    let mut line = || lines.next().and_then(Result::ok).unwrap_or_default();
+    let made = line();
+    let unclear = |line: &str| VmmError::Line { line: line.into() };
+    let pause = serde_json::from_str(&made).ok().and_then(|made: Value| made.get("pause_us")?.as_u64());
+    let pause = pause.and_then(|us| u32::try_from(us).ok()).ok_or_else(|| unclear(&made))?;
+    let mut processes = vec![];
+    for number in 0..CHILDREN {
+        // `child 3: process 4711, started in 900 us`
+        let text = line();
+        let process = text.split_once("process ").and_then(|(_, rest)| rest.split(',').next());
+        processes.push(process.and_then(|number| number.parse().ok()).ok_or_else(|| unclear(&text))?);
+        ask(&child_socket(&sockets, number), &json!("status"), &[])?;
+    }
+    let child_ms = ms(begun.elapsed()) / f64::from(CHILDREN);
+    let mut kib = 0.0;
+    for process in &processes {
+        kib += pss_kib(*process)?;
+    }
+    (0..CHILDREN).for_each(|number| drop(ask(&child_socket(&sockets, number), &json!("kill"), &[])));
+    // The children are killed, so it ends too.
+    let _ = client.wait();
+    drop(parent);
+    Ok(Forked { child_ms, child_kib: kib / f64::from(CHILDREN), pause_ms: f64::from(pause) / 1000.0 })
 }
 
 fn child_socket(path: &Path, number: u32) -> PathBuf {

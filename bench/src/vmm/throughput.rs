@@ -132,6 +132,7 @@ fn measure(options: &Options, part: Part, way: &Way, folder: &Path) -> Result<Ve
             "console=ttyS0 quiet reboot=k panic=-1 mitigations=off bench={bench} seconds={seconds} host={host}"
         ),
         memory_mib: 512,
+        fork_ready: false,
         devices: way.devices.clone(),
     };
     let mut vm = Running::start(way.program.command(&shape, folder)?)?;
@@ -144,7 +145,7 @@ fn measure(options: &Options, part: Part, way: &Way, folder: &Path) -> Result<Ve
         if name == "done" {
             return Ok(results);
         }
-        let value = value.ok_or(VmmError::Silent { text: "a number".into(), heard: line.clone() })?;
+        let value = value.ok_or(VmmError::Line { line: line.clone() })?;
         results.push((name.to_owned(), value));
     }
 }

@@ -29,9 +29,7 @@ pub fn find(folder: Option<&Path>, name: &str) -> Result<PathBuf, CliError> {
         CliError::Local {
             what: format!("the program {name} is not {place}"),
             source: io::ErrorKind::NotFound.into(),
-            suggestion: Some(
-                "name the folder with --bin-dir; `cargo build --release` makes all programs".into(),
-            ),
+            suggestion: Some("name the folder with --bin-dir; `make release` makes all programs".into()),
         }
     })
 }

@@ -216,7 +216,7 @@ pub const IO: &[Row] = &[
     unseen(any(libc::SYS_brk), ALLOCATOR),
     any(libc::SYS_munmap),
     unseen(any(libc::SYS_mremap), ALLOCATOR),
-    any(libc::SYS_madvise),              // balloon; allocator
+    any(libc::SYS_madvise),              // balloon; allocator; what the set-up needed of the stack
     only(libc::SYS_mmap, &[(2, EXECUTABLE, Only::Without)]),
     any(libc::SYS_accept4),              // clients of control socket, console and vsock
     any(libc::SYS_recvfrom),
