@@ -40,6 +40,8 @@ cp -f "target/$target/release/blixard-init" "$programs/"
 if [ "$only" = all ] || [ "$only" = unit ]; then
     say "unit and property tests; small guests on /dev/kvm"
     $cargo test --workspace --no-fail-fast
+    say "the control plane in simulation, ${SEEDS:-100} seeds"
+    "$bin/examples/simulate" --seeds "0..${SEEDS:-100}"
     state=$("$bin/blixard-vmm" probe || true)
     case $state in
     "linux guests"* | "small guests"*) sh tests/syscalls.sh ;;

@@ -20,6 +20,8 @@ mod takeover;
 mod trace;
 mod world;
 
+use std::num::NonZero;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use anyhow::{Context, ensure};
@@ -41,6 +43,9 @@ struct Options {
     /// Nodes at the beginning.
     #[arg(long)]
     nodes: Option<usize>,
+    /// Seeds at once [default: as many as there are processors].
+    #[arg(long)]
+    jobs: Option<usize>,
     /// Steps in which things go wrong.
     #[arg(long, default_value_t = 60)]
     steps: u64,
@@ -73,32 +78,72 @@ fn main() -> anyhow::Result<()> {
     if options.takeover {
         return take_over(seeds, options.nodes.unwrap_or(3));
     }
+    let jobs = match options.jobs {
+        _ if options.seed.is_some() => 1,
+        Some(jobs) => jobs,
+        None => std::thread::available_parallelism().map_or(1, NonZero::get),
+    };
     let begin = Instant::now();
-    let (mut failed, mut answered, mut begun, mut simulated) = (Vec::new(), 0, 0, 0.0);
-    for seed in seeds.clone() {
+    let next = AtomicU64::new(seeds.start);
+    let sums = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..jobs).map(|_| scope.spawn(|| some(&options, &next, seeds.end))).collect();
+        threads
+            .into_iter()
+            .map(|thread| thread.join().unwrap_or_else(|_| Err(anyhow::anyhow!("a run panicked"))))
+            .collect::<anyhow::Result<Vec<Sum>>>()
+    })?;
+    let mut sum = Sum::default();
+    for part in sums {
+        sum.failed.extend(part.failed);
+        sum.answered += part.answered;
+        sum.begun += part.begun;
+        sum.simulated += part.simulated;
+    }
+    let seconds = begin.elapsed().as_secs_f64();
+    let count = seeds.end - seeds.start;
+    println!(
+        "{count} seeds in {seconds:.1} s: {:.0} s of clusters, {} answered requests, VMs begun {} times, {} failed",
+        sum.simulated,
+        sum.answered,
+        sum.begun,
+        sum.failed.len()
+    );
+    sum.failed.sort_unstable();
+    ensure!(sum.failed.is_empty(), "failed: {:?}", sum.failed);
+    Ok(())
+}
+
+/// What runs came to.
+#[derive(Default)]
+struct Sum {
+    failed: Vec<u64>,
+    answered: usize,
+    begun: u64,
+    simulated: f64,
+}
+
+/// Runs one seed after the other until all are taken. Nothing of a run depends on what else runs, or on which thread.
+fn some(options: &Options, next: &AtomicU64, end: u64) -> anyhow::Result<Sum> {
+    let mut sum = Sum::default();
+    loop {
+        let seed = next.fetch_add(1, Ordering::Relaxed);
+        if seed >= end {
+            return Ok(sum);
+        }
         let settings =
             run::Settings { seed, nodes: options.nodes, steps: options.steps, print: options.print };
         let outcome = run::run(settings)?;
-        answered += outcome.answered;
-        begun += outcome.begun;
-        simulated += outcome.time.as_secs_f64();
+        sum.answered += outcome.answered;
+        sum.begun += outcome.begun;
+        sum.simulated += outcome.time.as_secs_f64();
         if let Some(wrong) = &outcome.wrong {
             println!("seed {seed}: {wrong}");
-            failed.push(seed);
+            sum.failed.push(seed);
         }
         if options.seed.is_some() {
             println!("{outcome:?}");
         }
     }
-    let seconds = begin.elapsed().as_secs_f64();
-    let count = seeds.end - seeds.start;
-    println!(
-        "{count} seeds in {seconds:.1} s: {simulated:.0} s of clusters, {answered} answered requests, VMs begun {begun} times, \
-         {} failed",
-        failed.len()
-    );
-    ensure!(failed.is_empty(), "failed: {failed:?}");
-    Ok(())
 }
 
 /// Prints how long the VMs of dead hosts were missed.

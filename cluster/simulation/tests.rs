@@ -52,7 +52,7 @@ fn whatever_fails_nothing_acknowledged_is_lost_no_vm_runs_twice_and_all_comes_to
 }
 
 /// Seeds that found a mistake, with what it was. The mistake is mended; the run has changed with the program since.
-const FOUND: [(u64, &str); 5] = [
+const FOUND: [(u64, &str); 6] = [
     (12, "a leader that was restarted led on in its term and answered reads without what was agreed"),
     (
         2,
@@ -64,6 +64,10 @@ const FOUND: [(u64, &str); 5] = [
         "a node whose state was from before it was one of several told its agent that there are no leases: a VM ran twice",
     ),
     (371, "the same, with a disk that had failed"),
+    (
+        200_351,
+        "a leader that became a learner led on, heard of nobody, and declared a node down that was alive",
+    ),
 ];
 
 #[test]

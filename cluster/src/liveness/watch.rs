@@ -83,7 +83,9 @@ pub async fn detect(consensus: Consensus, stop: CancellationToken) {
             watch = Watch::new(consensus.clone());
             term = leads;
         }
-        if leads.is_some() && is_watched(&consensus) {
+        // A leader that no longer votes hears nobody's heartbeats, and is about to hand over.
+        let votes = || consensus.electorate().voters().contains(&consensus.node());
+        if leads.is_some() && is_watched(&consensus) && votes() {
             stop.run_until_cancelled(watch.look(downs.settled(now_ms))).await;
         }
     }

@@ -24,6 +24,8 @@ const LAG_MAX: u64 = 500;
 /// Time between two looks when nothing calls for one.
 const LOOK: Duration = Duration::from_millis(500);
 
+/// Longest wait until another one leads.
+const GIVE_UP_MAX: Duration = Duration::from_secs(5);
 /// Pause before a leader is looked for again that gave another answer than was hoped for.
 const PAUSE: Duration = Duration::from_millis(50);
 
@@ -34,6 +36,9 @@ pub enum Step {
     Add(BTreeSet<NodeId>),
     /// These vote from now on, the other voters become learners.
     Vote(BTreeSet<NodeId>),
+    /// This voter leads from now on, since the leader shall not vote. It would lead on as a learner, to whom nobody says that he
+    /// is alive.
+    HandOver(NodeId),
     /// These leave.
     Remove(BTreeSet<NodeId>),
     /// This node is reached here. A leader that has just started knows it only from what the log says of the members: the
@@ -44,6 +49,8 @@ pub enum Step {
 /// Members as they are.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Members {
+    /// The one that asks, as the leader.
+    pub leader: NodeId,
     /// Those that vote.
     pub voters: BTreeSet<NodeId>,
     /// All of them.
@@ -64,7 +71,15 @@ pub fn next_step(state: &State, members: &Members) -> Option<Step> {
         return Some(Step::Add(new));
     }
     let wanted = voters(&nodes, members);
-    if !wanted.is_empty() && wanted != members.voters {
+    let change = !wanted.is_empty() && wanted != members.voters;
+    let stays = |voters: &BTreeSet<NodeId>| voters.contains(&members.leader);
+    if !stays(&members.voters) || (change && !stays(&wanted)) {
+        let next = wanted.intersection(&members.voters).filter(|node| members.caught_up.contains(node));
+        if let Some(next) = next.copied().find(|node| *node != members.leader) {
+            return Some(Step::HandOver(next));
+        }
+    }
+    if change {
         return Some(Step::Vote(wanted));
     }
     let gone: BTreeSet<NodeId> =
@@ -114,6 +129,7 @@ fn members(metrics: &RaftMetrics<Types>) -> Members {
     let caught_up = replication
         .filter_map(|(node, matched)| matched.as_ref().is_some_and(|id| near(id.index)).then_some(*node));
     Members {
+        leader: metrics.id,
         voters: membership.voter_ids().collect(),
         all: membership.nodes().map(|(node, _)| *node).collect(),
         caught_up: caught_up.chain([metrics.id]).collect(),
@@ -158,6 +174,12 @@ impl Consensus {
                 }
                 Step::Remove(nodes) => {
                     self.raft.change_membership(ChangeMembers::RemoveNodes(nodes), false).await.map(drop)
+                }
+                Step::HandOver(next) => {
+                    if let Err(reason) = self.give_up(next, GIVE_UP_MAX).await {
+                        tracing::warn!("leadership was not handed over: {reason}");
+                    }
+                    continue;
                 }
             };
             if let Err(error) = result {
@@ -260,9 +282,9 @@ impl Consensus {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::state::Command;
     use crate::state::member::{JoinTokenRecord, MemberCommand, NodeFacts};
     use crate::state::testing::Cluster;
+    use crate::state::{Command, Proposal};
 
     /// A state with nodes 1.. in these zones.
     fn state(zones: &[&str]) -> State {
@@ -292,7 +314,14 @@ mod tests {
 
     fn members(voters: &[NodeId], all: &[NodeId], caught_up: &[NodeId]) -> Members {
         let set = |ids: &[NodeId]| ids.iter().copied().collect();
-        Members { voters: set(voters), all: set(all), caught_up: set(caught_up), ..Members::default() }
+        let leader = voters.first().copied().unwrap_or_default();
+        Members {
+            leader,
+            voters: set(voters),
+            all: set(all),
+            caught_up: set(caught_up),
+            ..Members::default()
+        }
     }
 
     #[test]
@@ -309,6 +338,26 @@ mod tests {
             None,
             "a silent voter stays one"
         );
+    }
+
+    #[test]
+    fn a_leader_that_shall_not_vote_hands_over_first_and_one_that_does_not_vote_hands_over() {
+        let mut state = state(&["a", "b", "c", "d"]);
+        let command = Command::Member(Box::new(MemberCommand::Remove { node: 1 }));
+        let removed = Proposal { now_ms: 0, key: None, command };
+        state.apply(state.revision() + 1, &removed).unwrap();
+        let all = [1, 2, 3, 4];
+        let mut present = members(&[1, 2, 3], &all, &[1, 3, 4]);
+        assert_eq!(next_step(&state, &present), Some(Step::HandOver(3)), "2 lacks entries");
+        present.leader = 3;
+        assert_eq!(next_step(&state, &present), Some(Step::Vote([2, 3, 4].into())));
+        let mut present = members(&[2, 3, 4], &all, &[1, 3, 4]);
+        present.leader = 1;
+        assert_eq!(next_step(&state, &present), Some(Step::HandOver(3)));
+        present.leader = 3;
+        assert_eq!(next_step(&state, &present), Some(Step::Remove([1].into())));
+        let alone = members(&[1], &all, &[1, 3]);
+        assert_eq!(next_step(&state, &alone), Some(Step::Vote([3].into())), "nobody else votes yet");
     }
 
     #[test]
