@@ -48,25 +48,31 @@ impl Kernel {
         let initramfs = folder.join("initramfs");
         let init = fs::read(format!("{PROGRAMS}/blixard-init")).unwrap();
         build_initramfs(&init, &bundle.modules, &mut File::create(&initramfs).unwrap()).unwrap();
+        // Once for all: the folder may be the host's, where each look costs a round trip.
+        let found = run("find", &[modules.to_str().unwrap(), "-name", "*.ko*"]);
+        let files: Vec<&str> = found.lines().collect();
         let mut pmem_modules = vec![];
         let mut seen = BTreeSet::new();
         for name in ["virtio_pmem", "nd_pmem"] {
-            add_module(&modules, name, &mut seen, &mut pmem_modules);
+            add_module(&files, name, &mut seen, &mut pmem_modules);
         }
         Self { release: bundle.release, kernel, initramfs, pmem_modules }
     }
 }
 
 /// Adds a module behind those that it needs; one that is built in has no file.
-fn add_module(folder: &Path, name: &str, seen: &mut BTreeSet<String>, to: &mut Vec<(String, Vec<u8>)>) {
-    if !seen.insert(name.replace('-', "_")) {
+fn add_module(files: &[&str], name: &str, seen: &mut BTreeSet<String>, to: &mut Vec<(String, Vec<u8>)>) {
+    let name = name.replace('-', "_");
+    if !seen.insert(name.clone()) {
         return;
     }
-    let pattern = format!("{}.ko*", name.replace(['-', '_'], "[-_]"));
-    let found = run("find", &[folder.to_str().unwrap(), "-name", &pattern]);
-    let Some(path) = found.lines().next() else { return };
+    let is_it = |path: &&str| {
+        let file = path.rsplit('/').next().unwrap();
+        file.split(".ko").next().unwrap().replace('-', "_") == name
+    };
+    let Some(path) = files.iter().copied().find(is_it) else { return };
     for needed in run("modinfo", &["-F", "depends", path]).trim().split(',').filter(|name| !name.is_empty()) {
-        add_module(folder, needed, seen, to);
+        add_module(files, needed, seen, to);
     }
     let bytes = match path.ends_with(".xz") {
         true => run_bytes("busybox", &["xzcat", path]),
