@@ -134,6 +134,7 @@ impl Client {
             "memory_mib": self.dice.pick(&[256, 512, 1024]),
             "placement": { "on_node_loss": if restart { "restart" } else { "wait" } },
             "restart": { "when": if again { "always" } else { "never" } },
+            "health": { "command": if made.is_multiple_of(2) { vec!["true"] } else { vec![] } },
         });
         let spec: VmSpec = match serde_json::from_value(spec) {
             Ok(spec) => spec,

@@ -19,6 +19,7 @@ use blixard_node::host::{Agent, Asked};
 use blixard_node::state::NodeId;
 use blixard_node::watch;
 use blixard_vmm_api::guest::WorkloadExit;
+use blixard_vmm_api::health::{Health, HealthState};
 use blixard_vmm_api::stats::Sample;
 use blixard_vmm_api::{ExitReason, VmId};
 use futures::FutureExt;
@@ -56,6 +57,8 @@ struct Vm {
     /// It has a process.
     process: bool,
     frozen: bool,
+    /// In this start its checks do not succeed.
+    ill: bool,
     work: Work,
 }
 
@@ -73,8 +76,9 @@ struct Table {
     vms: BTreeMap<VmId, Vm>,
     agent_runs: bool,
     powered: bool,
-    /// Of a hundred thousand looks at a VM, in how many it ends by itself.
+    /// Of a hundred thousand looks at a VM, in how many it ends by itself, and in how many it becomes unhealthy.
     ends_by_itself: u64,
+    becomes_ill: u64,
 }
 
 /// A host.
@@ -110,6 +114,7 @@ impl Host {
             agent_runs: true,
             powered: true,
             ends_by_itself: 2,
+            becomes_ill: 10,
         };
         let host =
             Self { node, clock, table: Mutex::new(table), changed: watch::Sender::new(1), census, trace };
@@ -173,9 +178,10 @@ impl Host {
         self.begin_agent();
     }
 
-    /// Nothing ends by itself any more.
+    /// Nothing ends by itself any more, and all become healthy.
     pub fn calm(&self) {
-        self.table().ends_by_itself = 0;
+        let mut table = self.table();
+        (table.ends_by_itself, table.becomes_ill) = (0, 0);
     }
 
     /// What runs here now, unfrozen: VM and epoch.
@@ -217,12 +223,13 @@ impl Host {
                 freezes: plan.on_lease_end == OnLeaseEnd::Freeze,
                 process: false,
                 frozen: false,
+                ill: false,
                 work: Work::None,
             });
         }
         let now = Instant::now();
         let mut news = false;
-        let Table { vms, dice, ends_by_itself, .. } = table;
+        let Table { vms, dice, ends_by_itself, becomes_ill, .. } = table;
         let mut gone = Vec::new();
         for (id, vm) in vms.iter_mut() {
             let before = vm.report.clone();
@@ -233,6 +240,9 @@ impl Host {
             }
             if vm.process && !vm.frozen && dice.next() % 100_000 < *ends_by_itself {
                 self.end(*id, vm, Some(WorkloadExit::Code(1)));
+            }
+            if vm.process && !vm.frozen && plan.is_some_and(|plan| plan.health.is_some()) {
+                Self::check_health(vm, dice, *becomes_ill);
             }
             if matches!(vm.work, Work::Removing(at) if at <= now) {
                 gone.push(*id);
@@ -245,6 +255,22 @@ impl Host {
             news = true;
         }
         news
+    }
+
+    /// A check of a VM's health, now and then.
+    fn check_health(vm: &mut Vm, dice: &mut Dice, becomes_ill: u64) {
+        let chance = dice.next() % 100_000;
+        let state = vm.report.health.as_ref().map(|health| health.state);
+        let ill = vm.ill && becomes_ill > 0;
+        let next = match state {
+            None => HealthState::Starting,
+            Some(HealthState::Starting) if chance < 5_000 && ill => HealthState::Unhealthy,
+            Some(HealthState::Starting) if chance < 10_000 && !ill => HealthState::Healthy,
+            Some(HealthState::Healthy) if chance < becomes_ill => HealthState::Unhealthy,
+            Some(HealthState::Unhealthy) if chance < 1_000 && !ill => HealthState::Healthy,
+            Some(same) => same,
+        };
+        vm.report.health = Some(Health { state: next, output: String::new() });
     }
 
     /// What was under way is done.
@@ -321,6 +347,7 @@ impl Host {
                     started_at_ms: Some(1),
                     ..VmReport::pending(plan.vm, plan.epoch)
                 };
+                vm.ill = plan.health.is_some() && dice.chance(200);
                 vm.work = Work::Starting(now + dice.millis(20..=400));
             }
             Run::Stopped { .. } if vm.process => {

@@ -61,7 +61,7 @@ impl Operator {
         if let Some(node) = kept {
             self.take(world, Action::Uncordon(node.id)).await;
         }
-        kept.is_none()
+        kept.is_none() && self.leaving.is_empty()
     }
 
     /// Takes note of who is a member, by the newest state that a node has: one that was removed is ended after a while, and one that was

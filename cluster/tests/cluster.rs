@@ -237,6 +237,17 @@ fn leadership_moves_on_request_and_when_the_leader_ends_in_good_order() {
     assert_eq!(nodes[rest].post(VMS, &create(1, "a")).status, 201);
     let name = nodes[rest].get("/v1/cluster").json()["leader"].clone();
     assert_ne!(name, *wanted);
+    // A voter that is dead is not asked to lead: nothing would be written until another one is elected.
+    let leader = nodes.iter().find(|node| name == node.name()).unwrap();
+    leader.until("it is silent", || {
+        let view = leader.get(&format!("/v1/nodes/{wanted}")).json();
+        view["heard_ms_ago"].as_u64().is_none_or(|ms| ms > 2_500)
+    });
+    let term = leader.get("/v1/cluster").json()["term"].clone();
+    let answer = leader.post("/v1/cluster:transfer-leader", &json!({"to": wanted}));
+    assert_eq!(answer.status, 409, "{}", answer.text());
+    assert!(answer.text().contains("does not answer"), "{}", answer.text());
+    assert_eq!(leader.get("/v1/cluster").json()["term"], term, "there was no election");
 }
 
 #[test]

@@ -24,6 +24,8 @@ const LAG_MAX: u64 = 500;
 /// Time between two looks when nothing calls for one.
 const LOOK: Duration = Duration::from_millis(500);
 
+/// A voter that has not answered for so long is not asked to lead.
+const SILENCE_MAX_MS: u64 = 2_000;
 /// Longest wait until another one leads.
 const GIVE_UP_MAX: Duration = Duration::from_secs(5);
 /// Pause before a leader is looked for again that gave another answer than was hoped for.
@@ -176,7 +178,8 @@ impl Consensus {
                     self.raft.change_membership(ChangeMembers::RemoveNodes(nodes), false).await.map(drop)
                 }
                 Step::HandOver(next) => {
-                    if let Err(reason) = self.give_up(next, GIVE_UP_MAX).await {
+                    let given = stop.run_until_cancelled(self.give_up(next, GIVE_UP_MAX)).await;
+                    if let Some(Err(reason)) = given {
                         tracing::warn!("leadership was not handed over: {reason}");
                     }
                     continue;
@@ -209,6 +212,9 @@ impl Consensus {
             let leader = self.leader_id();
             if leader == Some(to) {
                 return Ok(());
+            }
+            if tokio::time::Instant::now() >= deadline {
+                return Err(reason);
             }
             self.check_voter(to)?;
             let step = async {
@@ -244,12 +250,17 @@ impl Consensus {
     /// As the leader: asks another voter to stand for election at once, and waits until another member leads.
     ///
     /// # Errors
-    /// When this member does not lead, that one does not vote, or no other was elected within `time`.
+    /// When this member does not lead, that one does not vote or answer, or no other was elected within `time`.
     pub async fn give_up(&self, to: NodeId, time: Duration) -> Result<(), String> {
         if !self.leads() {
             return Err(format!("{} does not lead", self.name_of(self.node)));
         }
         self.check_voter(to)?;
+        // Otherwise the others would elect one of them, and writes wait for nothing.
+        let heard = self.standing().1.get(&to).copied();
+        if heard.is_none_or(|ms| ms > SILENCE_MAX_MS) {
+            return Err(format!("{} does not answer", self.name_of(to)));
+        }
         self.raft.trigger().transfer_leader(to).await.map_err(|error| error.to_string())?;
         self.leader_is_other_than(Some(self.node), time).await
     }

@@ -288,7 +288,9 @@ impl Consensus {
 
     /// Before this member ends: lets another voter lead, so that nobody has to wait for an election.
     pub async fn hand_over(&self) {
-        let other = self.raft.voter_ids().find(|voter| *voter != self.node);
+        let (voters, heard) = self.standing();
+        let others = heard.into_iter().filter(|(node, _)| voters.contains(node) && *node != self.node);
+        let other = others.min_by_key(|(_, ms)| *ms).map(|(node, _)| node);
         let (true, Some(other)) = (self.leads(), other) else { return };
         if let Err(reason) = self.give_up(other, HAND_OVER_MAX).await {
             tracing::warn!("leadership was not handed over: {reason}");
