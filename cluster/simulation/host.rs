@@ -242,7 +242,7 @@ impl Host {
                 self.end(*id, vm, Some(WorkloadExit::Code(1)));
             }
             if vm.process && !vm.frozen && plan.is_some_and(|plan| plan.health.is_some()) {
-                Self::check_health(vm, dice, *becomes_ill);
+                self.check_health(*id, vm, dice, *becomes_ill);
             }
             if matches!(vm.work, Work::Removing(at) if at <= now) {
                 gone.push(*id);
@@ -258,7 +258,7 @@ impl Host {
     }
 
     /// A check of a VM's health, now and then.
-    fn check_health(vm: &mut Vm, dice: &mut Dice, becomes_ill: u64) {
+    fn check_health(&self, id: VmId, vm: &mut Vm, dice: &mut Dice, becomes_ill: u64) {
         let chance = dice.next() % 100_000;
         let state = vm.report.health.as_ref().map(|health| health.state);
         let ill = vm.ill && becomes_ill > 0;
@@ -270,6 +270,9 @@ impl Host {
             Some(HealthState::Unhealthy) if chance < 1_000 && !ill => HealthState::Healthy,
             Some(same) => same,
         };
+        if Some(next) != state {
+            self.trace.note(format_args!("{}: {id} is {next}", self.node));
+        }
         vm.report.health = Some(Health { state: next, output: String::new() });
     }
 
