@@ -41,6 +41,7 @@ if [ "$only" = all ] || [ "$only" = unit ]; then
     say "unit and property tests; small guests on /dev/kvm"
     $cargo test --workspace --no-fail-fast
     say "the control plane in simulation, ${SEEDS:-100} seeds"
+    # Testing the workspace has built its examples.
     "$bin/examples/simulate" --seeds "0..${SEEDS:-100}"
     state=$("$bin/blixard-vmm" probe || true)
     case $state in

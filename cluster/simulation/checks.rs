@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use blixard_api::vm::{Desired, Phase};
-use blixard_node::state::{NodeId, NodeStatus, State, invariants};
+use blixard_node::state::{NodeId, NodeStatus, State, VmRecord, invariants};
 
 use crate::world::World;
 
@@ -70,8 +70,18 @@ fn over_capacity(world: &World, on: NodeId, state: &State) {
             || used.disk_mib > room.disk_mib
         {
             let (id, revision) = (node.info.id, state.revision());
+            let vm = |vm: &VmRecord| {
+                let (phase, health) = (vm.observed.phase, vm.observed.health.as_ref().map(|h| h.state));
+                let (desired, leaving) = (vm.desired, vm.upkeep.leaving);
+                let (start, memory, off_plan) = (vm.start, vm.spec.memory_mib, vm.unlisted_since);
+                format!(
+                    "{}: {memory} MiB, start {start}, {desired:?}, {phase:?}, {health:?}, {leaving:?}, off {off_plan}",
+                    vm.id
+                )
+            };
+            let vms: Vec<String> = state.vms().filter(|vm| vm.node == id).map(|record| vm(record)).collect();
             world.trace.wrong(format_args!(
-                "on {on} at revision {revision} node {id} has {room:?}, taken: {used:?}"
+                "on {on} at revision {revision} node {id} has {room:?}, taken: {used:?} by {vms:?}"
             ));
         }
     }

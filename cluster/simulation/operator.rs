@@ -67,8 +67,9 @@ impl Operator {
     /// Takes note of who is a member, by the newest state that a node has: one that was removed is ended after a while, and one that was
     /// added starts, also when that was not answered.
     async fn follow(&mut self, world: &mut World) -> Option<State> {
-        let states = world.running.all().into_iter().map(|(node, _)| node.replica().state().clone());
-        let state = states.max_by_key(State::revision)?;
+        let nodes = world.running.all().into_iter().map(|(node, _)| node);
+        let newest = nodes.max_by_key(|node| node.replica().state().revision())?;
+        let state = newest.replica().state().clone();
         for (node, place) in &mut world.places {
             if !place.removed && place.since <= state.revision() && state.node(*node).is_none() {
                 place.removed = true;

@@ -80,7 +80,7 @@ pub fn run(settings: Settings) -> std::io::Result<Outcome> {
 ///
 /// # Errors
 /// This host cannot run it.
-pub fn simulated<T>(seed: u64, work: impl AsyncFnOnce(PathBuf) -> T) -> std::io::Result<T> {
+fn simulated<T>(seed: u64, work: impl AsyncFnOnce(PathBuf) -> T) -> std::io::Result<T> {
     notice_panics();
     PANIC.take();
     blixard_node::raft::runtime::determine(seed);
@@ -157,7 +157,7 @@ async fn simulate(settings: Settings, folder: PathBuf) -> Outcome {
 ///
 /// # Errors
 /// Why not.
-pub async fn form(world: &mut World, nodes: usize) -> Result<(), String> {
+async fn form(world: &mut World, nodes: usize) -> Result<(), String> {
     world.found().await?;
     for _ in 1..nodes {
         world.join().await?;
@@ -171,7 +171,7 @@ pub async fn form(world: &mut World, nodes: usize) -> Result<(), String> {
 ///
 /// # Errors
 /// Why not.
-pub async fn form_at_once(world: &mut World, nodes: usize) -> Result<(), String> {
+async fn form_at_once(world: &mut World, nodes: usize) -> Result<(), String> {
     world.found().await?;
     let mut admitted = Vec::new();
     for _ in 1..nodes {
@@ -182,6 +182,25 @@ pub async fn form_at_once(world: &mut World, nodes: usize) -> Result<(), String>
     }
     world.formed().await;
     Ok(())
+}
+
+/// Lets something happen in a cluster of this many nodes in which nothing else goes wrong.
+///
+/// # Errors
+/// What was wrong.
+pub fn scene<T>(
+    seed: u64,
+    nodes: usize,
+    work: impl AsyncFnOnce(&mut World) -> Result<T, String>,
+) -> Result<T, String> {
+    simulated(seed, async move |folder| {
+        let (mut dice, trace) = (Dice::new(seed), Trace::new(false));
+        let mut world = World::new(dice.fork(), trace.clone(), folder);
+        form_at_once(&mut world, nodes).await?;
+        let result = work(&mut world).await;
+        trace.found().map_or(result, Err)
+    })
+    .map_err(|error| error.to_string())?
 }
 
 fn look(checks: &mut Checks, world: &World, trace: &Trace) {

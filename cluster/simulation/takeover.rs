@@ -8,9 +8,7 @@ use blixard_api::vm::VmSpec;
 use blixard_node::state::{Command, NodeId};
 use tokio::time::Instant;
 
-use crate::dice::Dice;
-use crate::run::{form_at_once, simulated};
-use crate::trace::Trace;
+use crate::run::scene;
 use crate::world::{IMAGE, World};
 
 /// VMs of the host.
@@ -25,14 +23,7 @@ const LOOK: Duration = Duration::from_millis(20);
 /// # Errors
 /// What was wrong.
 pub fn run(seed: u64, nodes: usize, leader: bool) -> Result<Duration, String> {
-    simulated(seed, async move |folder| {
-        let (mut dice, trace) = (Dice::new(seed), Trace::new(false));
-        let mut world = World::new(dice.fork(), trace.clone(), folder);
-        form_at_once(&mut world, nodes).await?;
-        let result = measure(&mut world, leader).await;
-        trace.found().map_or(result, Err)
-    })
-    .map_err(|error| error.to_string())?
+    scene(seed, nodes, async |world| measure(world, leader).await)
 }
 
 async fn measure(world: &mut World, leader: bool) -> Result<Duration, String> {

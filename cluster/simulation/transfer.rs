@@ -2,9 +2,7 @@
 
 use std::time::Duration;
 
-use crate::dice::Dice;
-use crate::run::{form, simulated};
-use crate::trace::Trace;
+use crate::run::scene;
 use crate::world::World;
 
 /// The request may take this long: the election of the third voter, and one more.
@@ -15,14 +13,7 @@ const TIME: Duration = Duration::from_secs(5);
 /// # Errors
 /// What was wrong.
 pub fn run(seed: u64) -> Result<bool, String> {
-    simulated(seed, async move |folder| {
-        let (mut dice, trace) = (Dice::new(seed), Trace::new(false));
-        let mut world = World::new(dice.fork(), trace.clone(), folder);
-        form(&mut world, 3).await?;
-        let result = transfer(&world).await;
-        trace.found().map_or(result, Err)
-    })
-    .map_err(|error| error.to_string())?
+    scene(seed, 3, async |world| transfer(world).await)
 }
 
 async fn transfer(world: &World) -> Result<bool, String> {

@@ -248,6 +248,10 @@ fn leadership_moves_on_request_and_when_the_leader_ends_in_good_order() {
     assert_eq!(answer.status, 409, "{}", answer.text());
     assert!(answer.text().contains("does not answer"), "{}", answer.text());
     assert_eq!(leader.get("/v1/cluster").json()["term"], term, "there was no election");
+    leader.until("it is not up", || leader.get(&format!("/v1/nodes/{wanted}")).json()["status"] != "up");
+    let answer = leader.post("/v1/cluster:transfer-leader", &json!({}));
+    assert_eq!(answer.status, 200, "the one that is left: {}", answer.text());
+    assert_ne!(answer.json()["leader"], name);
 }
 
 #[test]

@@ -21,7 +21,7 @@ use crate::auth::{AuthError, sha256_hex};
 use crate::clock;
 use crate::host::chain;
 use crate::node::{FEATURE_LEVEL, Restart, join};
-use crate::state::{Answer, Command, MemberCommand, NodeFacts};
+use crate::state::{Answer, Command, MemberCommand, NodeFacts, NodeStatus};
 
 /// Longest wait until another node leads.
 const TRANSFER_MAX: Duration = Duration::from_secs(5);
@@ -161,11 +161,12 @@ async fn transfer(api: &Api, request: Request) -> Result<Response, Failure> {
             let state = api.consensus.replica().state();
             state.node_named(name).map(|node| node.id).ok_or_else(|| super::nodes::no_node(name))?
         }
-        None => voters
-            .iter()
-            .copied()
-            .find(|voter| Some(*voter) != api.consensus.leader_id())
-            .ok_or_else(|| Failure::conflict("there is no other voter"))?,
+        None => {
+            let state = api.consensus.replica().state();
+            let up = |node| state.node(node).is_some_and(|node| node.offer.status == NodeStatus::Up);
+            let mut others = voters.into_iter().filter(|node| Some(*node) != api.consensus.leader_id());
+            others.find(|node| up(*node)).ok_or_else(|| Failure::conflict("no other voter is up"))?
+        }
     };
     api.consensus.transfer(to, TRANSFER_MAX).await.map_err(|reason| {
         Failure::conflict(format!("leadership was not handed over: {reason}")).retryable()

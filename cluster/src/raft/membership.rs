@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::Consensus;
 use super::peer::call::Question;
+use super::propose::no_leader;
 use super::types::Types;
 use crate::state::{NodeId, NodeRecord, State};
 
@@ -26,8 +27,8 @@ const LOOK: Duration = Duration::from_millis(500);
 
 /// A voter that has not answered for so long is not asked to lead.
 const SILENCE_MAX_MS: u64 = 2_000;
-/// Longest wait until another one leads.
-const GIVE_UP_MAX: Duration = Duration::from_secs(5);
+/// Longest wait of a leader that gives up until another one leads.
+pub const GIVE_UP_MAX: Duration = Duration::from_secs(5);
 /// Pause before a leader is looked for again that gave another answer than was hoped for.
 const PAUSE: Duration = Duration::from_millis(50);
 
@@ -207,7 +208,7 @@ impl Consensus {
     /// A sentence when it cannot be, or was not within `time`.
     pub async fn transfer(&self, to: NodeId, time: Duration) -> Result<(), String> {
         let deadline = tokio::time::Instant::now() + time;
-        let mut reason = "no leader is known: too few voters can be reached".to_owned();
+        let mut reason = no_leader(None);
         loop {
             let leader = self.leader_id();
             if leader == Some(to) {

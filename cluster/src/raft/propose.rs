@@ -51,7 +51,8 @@ pub enum ProposeError {
     Stopped(String),
 }
 
-fn no_leader(name: Option<&str>) -> String {
+/// That a leader cannot be reached, or that none is known.
+pub(super) fn no_leader(name: Option<&str>) -> String {
     name.map_or_else(
         || "no leader is known: too few voters can be reached".to_owned(),
         |name| format!("node {name} leads and cannot be reached"),

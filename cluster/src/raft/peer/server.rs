@@ -19,13 +19,12 @@ use super::{Stream, content};
 use crate::auth::tls::{Inbound, node_of};
 use crate::images::blobs::BlobStore;
 use crate::raft::codec::{self, Reader};
+use crate::raft::membership::GIVE_UP_MAX;
 use crate::raft::{Consensus, ProposeError};
 use crate::state::NodeId;
 
 /// Longest wait for the first frame.
 const FIRST_MAX: Duration = Duration::from_secs(10);
-/// How long a leader that is asked to give up waits until another leads.
-const GIVE_UP_MAX: Duration = Duration::from_secs(10);
 /// Members that are sent content at once; others wait, and ask elsewhere when it takes too long.
 const SERVED_MAX: usize = 8;
 /// Append requests that are read ahead.
