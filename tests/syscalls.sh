@@ -7,6 +7,8 @@ command -v strace >/dev/null 2>&1 || { echo "skipped: tables of system calls: st
 [ -w /dev/kvm ] || { echo "skipped: tables of system calls: no usable /dev/kvm"; exit 0; }
 BLIXARD_STRACE=$(mktemp -d)
 export BLIXARD_STRACE
-trap 'rm -rf "$BLIXARD_STRACE"' EXIT
-cargo test --quiet -p blixard-vmm --test guests
+trap 'rm -rf "$BLIXARD_STRACE" "$BLIXARD_STRACE.lock"' EXIT
+# Tracers outlive what they trace and write until then: they inherit the lock.
+flock "$BLIXARD_STRACE.lock" cargo test --quiet -p blixard-vmm --test guests
+flock "$BLIXARD_STRACE.lock" true
 cargo test --quiet -p blixard-vmm --test syscalls -- --ignored

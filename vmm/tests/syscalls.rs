@@ -23,7 +23,8 @@ fn parse(line: &str) -> Option<(u32, i64, Vec<u64>)> {
     let (thread, rest) = line.split_once(' ')?;
     let (number, rest) = rest.trim_start().strip_prefix('[')?.split_once(']')?;
     let (_, rest) = rest.split_once('(')?;
-    if line.contains(" resumed>") {
+    // A thread that was killed before strace asked what it called: the number is an old one.
+    if line.contains(" resumed>") || line.contains("???(") {
         return None;
     }
     let end = rest.find([')', '<']).unwrap_or(rest.len());
@@ -36,6 +37,12 @@ fn parse(line: &str) -> Option<(u32, i64, Vec<u64>)> {
     };
     let arguments = rest.get(..end)?.split(',').map(|word| value(word).unwrap_or(0)).collect();
     Some((thread.parse().ok()?, number.trim().parse().ok()?, arguments))
+}
+
+/// Whether a line says that a call came back, and to which thread.
+fn returned(line: &str) -> Option<u32> {
+    let (_, result) = line.rsplit_once(") = ")?;
+    if result.starts_with('?') { None } else { line.split_once(' ')?.0.parse().ok() }
 }
 
 fn allows(row: &Row, number: i64, arguments: &[u64]) -> bool {
@@ -62,7 +69,18 @@ fn every_row_is_used_by_the_suite_and_every_call_has_a_row() {
         let mut phases: BTreeMap<u32, usize> = BTreeMap::new();
         let mut main = None;
         let mut pagers = BTreeSet::new();
-        for (line, (thread, number, arguments)) in text.lines().filter_map(|l| Some((l, parse(l)?))) {
+        // What a thread was last seen to call without a row. When it does not come back, it was not made: a filter kills the
+        // process for it, which is a failure of the suite; and strace tells nonsense of threads that are being killed.
+        let mut without: BTreeMap<u32, String> = BTreeMap::new();
+        for line in text.lines() {
+            let call = parse(line);
+            if let Some((thread, ..)) = &call {
+                without.remove(thread);
+            }
+            let Some((thread, number, arguments)) = call else {
+                problems.extend(returned(line).and_then(|thread| without.remove(&thread)));
+                continue;
+            };
             if line.contains("PR_SET_NAME, \"pager") {
                 pagers.insert(thread);
             }
@@ -79,7 +97,11 @@ fn every_row_is_used_by_the_suite_and_every_call_has_a_row() {
                 if mine.is_empty()
                     && (phase != 0 || [1, 2, 3].into_iter().all(|table| matching(table).is_empty()))
                 {
-                    problems.insert(format!("{}: call {number} has no row: {arguments:x?}", NAMES[phase]));
+                    let problem = format!("{}: call {number} has no row: {line}", NAMES[phase]);
+                    match returned(line) {
+                        Some(_) => drop(problems.insert(problem)),
+                        None => drop(without.insert(thread, problem)),
+                    }
                 }
                 used.extend(mine);
             }
@@ -99,7 +121,7 @@ fn every_row_is_used_by_the_suite_and_every_call_has_a_row() {
     for (table, rows) in tables.iter().enumerate() {
         for (index, row) in rows.iter().enumerate() {
             let seen = used.contains(&(table, index));
-            if seen != row.unseen.is_none() {
+            if seen != row.unseen.is_none() && !row.by_chance {
                 let what = if seen { "is used; its reason for not being is wrong" } else { "is not used" };
                 problems.insert(format!("{}: call {} {:x?} {what}", NAMES[table], row.call, row.only));
             }
