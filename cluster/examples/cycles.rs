@@ -17,7 +17,8 @@ use blixard_node::clock::Clock;
 use blixard_node::node::FEATURE_LEVEL;
 use blixard_node::raft::storage::Folder;
 use blixard_node::raft::{Consensus, ELECTION_TIMEOUT_MS, Opening};
-use blixard_node::state::{Command, ImageRecord, KernelRecord, NetworkRecord, Proposal};
+use blixard_node::state::placement::NodeChange;
+use blixard_node::state::{Capacity, Command, ImageRecord, KernelRecord, NetworkRecord, Proposal};
 
 /// Windows that are reported.
 const PARTS: u64 = 10;
@@ -52,8 +53,11 @@ fn setup() -> Result<Vec<Command>> {
         modules: vec![],
         created_at_ms: 1,
     };
+    let capacity =
+        Capacity { cpus: 1 << 20, memory_mib: 1 << 40, disk_mib: 1 << 40, arch: Default::default() };
     Ok(vec![
         Command::InitCluster { feature_level: FEATURE_LEVEL, network, node: 1, node_name: "n1".into() },
+        Command::Node { node: 1, change: NodeChange::Capacity(capacity) },
         Command::PutImage(Box::new(image)),
         Command::PutKernel(Box::new(kernel)),
     ])

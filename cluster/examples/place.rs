@@ -83,7 +83,7 @@ fn wanted(numbers: &mut Numbers) -> Result<(Size, Placement)> {
 }
 
 fn request<'a>(size: Size, placement: &'a Placement) -> Request<'a> {
-    Request { project: "p", size, placement, image: None, data: Data::Anywhere, avoid: &[] }
+    Request { project: "p", size, placement, image: None, data: Data::Anywhere, avoid: &[], untold: false }
 }
 
 fn placed(number: u64, size: Size, placement: &Placement) -> Placed {

@@ -152,6 +152,7 @@ impl Client {
                 image: None,
                 data: Data::Anywhere,
                 avoid: &[],
+                untold: false,
             };
             match place(state.view(), &request) {
                 Decision::Place { node, .. } => node,

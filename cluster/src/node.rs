@@ -37,16 +37,15 @@ use crate::raft::peer::server::PeerServer;
 use crate::raft::storage::Folder;
 use crate::raft::{Consensus, ConsensusError, Opening, ProposeError, recover};
 use crate::state::apply::DEFAULT_NETWORK;
-use crate::state::command::HEALTH_LEVEL;
+use crate::state::command::ROOM_LEVEL;
 use crate::state::{Command, MemberCommand, NetworkRecord, NodeId, Proposal, Refusal};
 
 /// Number of the node that makes a cluster.
 const FIRST_NODE: NodeId = 1;
 /// What this program understands. 1: clusters of one node. 2: commands about the cluster itself. 3: placement and leases.
-/// 4: health checks; declarations of nodes as down are counted by the log.
+/// 4: health checks; declarations of nodes as down are counted by the log. 5: a node that has not told what it has takes no VM.
 /// A build for tests of upgrades knows one more, in which nothing is new.
-pub const FEATURE_LEVEL: u32 =
-    if cfg!(feature = "test-next-level") { HEALTH_LEVEL + 1 } else { HEALTH_LEVEL };
+pub const FEATURE_LEVEL: u32 = if cfg!(feature = "test-next-level") { ROOM_LEVEL + 1 } else { ROOM_LEVEL };
 #[cfg(all(feature = "test-next-level", not(debug_assertions)))]
 compile_error!("test-next-level is for tests: a cluster at that level could never run a real version again");
 /// How long a member waits at its start for a leader that confirms what it has.

@@ -373,6 +373,7 @@ fn an_empty_node_leaves_its_own_cluster_for_another_one_at_run_time() {
     served(&one);
     one.until("it says where it is", || one.get("/v1/nodes/one").json()["address"] == *address);
     one.add_content();
+    one.tell();
     assert_eq!(one.post(VMS, &create(1, "a")).status, 201);
     let two = Node::named("two", &[], &[]);
     let address = free_address().to_string();

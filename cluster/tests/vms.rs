@@ -182,9 +182,28 @@ fn a_deleted_vm_stays_until_its_agent_has_removed_it() {
 }
 
 #[test]
+fn a_node_takes_vms_once_its_agent_has_told_what_there_is() {
+    let node = Node::alone();
+    node.add_content();
+    assert!(node.get("/v1/nodes/one").json()["room"].is_null());
+    let refused = node.post(VMS, &create(1, "a"));
+    assert_eq!((refused.status, &refused.json()["error"]), (507, &json!("no_capacity")));
+    assert!(refused.text().contains("has not told"), "{}", refused.text());
+    assert!(refused.json()["suggestion"].as_str().unwrap().contains("blixard-agent"));
+    std::thread::scope(|scope| {
+        let made = scope.spawn(|| node.post(VMS, &create(2, "b")));
+        node.tell();
+        assert_eq!(made.join().unwrap().status, 201, "a request waits for it a little");
+    });
+    let used = node.get("/v1/nodes/one").json()["used"].clone();
+    assert_eq!((&used["cpu_milli"], &used["memory_mib"]), (&json!(1000), &json!(256)));
+}
+
+#[test]
 fn without_an_agent_a_vm_is_accepted_and_says_what_it_waits_for() {
     let node = Node::alone();
     node.add_content();
+    node.tell();
     node.create(1, "a");
     node.until("the reason is seen", || {
         let vm = node.get(&format!("{VMS}/a")).json();

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use blixard_tests::sim_agent::{Manner, SimAgent};
 use serde_json::{Value, json};
 
 use super::failover::Member;
@@ -94,7 +95,7 @@ impl Node {
             "--state".into(),
             text(folder.join("state")),
             "--agent".into(),
-            text(folder.join("no-agent")),
+            text(folder.join("agent.sock")),
             "--socket".into(),
             text(folder.join("api.sock")),
             "--init".into(),
@@ -117,6 +118,17 @@ impl Node {
         let (status, body) =
             Http::connect(self.api, Duration::from_secs(2)).ok()?.ask("GET", path, &[]).ok()?;
         (status == 200).then(|| serde_json::from_slice(&body).ok())?
+    }
+
+    /// Lets an agent tell once what the node has: VMs are placed on it from then on.
+    fn tell(&self) -> Result<(), RaftError> {
+        let socket = self.folder.join("agent.sock");
+        let agent = SimAgent::start(&socket, Manner::Prompt)
+            .map_err(|error| RaftError::Wrong(format!("an agent cannot start: {error}")))?;
+        let path = format!("/v1/nodes/{}", self.name);
+        until("what a node has is known", || self.get(&path)?.get("room").map(drop))?;
+        drop(agent);
+        Ok(())
     }
 
     fn post(&self, path: &str, body: &[u8]) -> Result<(u16, Vec<u8>), RaftError> {
@@ -216,6 +228,7 @@ impl System for Blixard {
                 let status = node.get("/v1/cluster")?;
                 (status.get("voters")?.as_array()?.len() == 3).then_some(())
             })?;
+            node.tell()?;
         }
         let mut cluster = Self {
             leader: nodes.first().map(|node| node.api).unwrap_or_else(|| ([127, 0, 0, 1], 0).into()),

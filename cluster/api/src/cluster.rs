@@ -163,6 +163,17 @@ impl std::fmt::Display for NodeState {
     }
 }
 
+/// What VMs take of a node, or may take.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeRoom {
+    /// Processors in thousandths.
+    pub cpu_milli: u64,
+    /// Memory in MiB.
+    pub memory_mib: u64,
+    /// Space for disks in MiB.
+    pub disk_mib: u64,
+}
+
 /// A node.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NodeView {
@@ -194,6 +205,12 @@ pub struct NodeView {
     pub feature_level: u32,
     /// VMs placed on it.
     pub vms: usize,
+    /// What its VMs take.
+    #[serde(default)]
+    pub used: NodeRoom,
+    /// What they may take, with overcommit and without reserves; absent while its agent has not told: until then it gets none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub room: Option<NodeRoom>,
     /// Milliseconds since it answered the leader; only the leader knows.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub heard_ms_ago: Option<u64>,

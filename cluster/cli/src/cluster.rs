@@ -4,7 +4,8 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use blixard_api::cluster::{
-    ClusterStatus, CreateToken, InitCluster, JoinCluster, NodeView, RaiseLevel, TokenView, TransferLeader,
+    ClusterStatus, CreateToken, InitCluster, JoinCluster, NodeRoom, NodeView, RaiseLevel, TokenView,
+    TransferLeader,
 };
 use blixard_api::token::JoinToken;
 use clap::{Args, Subcommand};
@@ -362,7 +363,7 @@ pub async fn node(context: &Context, command: Node) -> Result<u8, CliError> {
 fn table(nodes: &[NodeView], wide: bool) -> String {
     let mut head = vec!["NAME", "ROLE", "ADDRESS", "STATUS", "VMS", "SCHEDULES", "VERSION"];
     if wide {
-        head.extend(["ID", "LEVEL", "LABELS", "HEARD"]);
+        head.extend(["ID", "LEVEL", "CPUS", "MEMORY", "DISK", "LABELS", "HEARD"]);
     }
     let mut table = Table::new(&head);
     for node in nodes {
@@ -384,11 +385,28 @@ fn table(nodes: &[NodeView], wide: bool) -> String {
         if wide {
             let labels: Vec<String> = node.labels.iter().map(|(k, v)| format!("{k}={v}")).collect();
             let heard = node.heard_ms_ago.map(|ms| format!("{ms} ms ago")).unwrap_or_default();
-            row.extend([node.id.to_string(), node.feature_level.to_string(), labels.join(","), heard]);
+            row.extend([node.id.to_string(), node.feature_level.to_string()]);
+            row.extend(fill(&node.used, node.room.as_ref()));
+            row.extend([labels.join(","), heard]);
         }
         table.row(row);
     }
     table.render()
+}
+
+/// Processors, memory and disk: what is taken, and of how much.
+fn fill(used: &NodeRoom, room: Option<&NodeRoom>) -> [String; 3] {
+    // Tenths of processors are enough to see.
+    let cpus = |milli: u64| match milli % 1000 / 100 {
+        0 => (milli / 1000).to_string(),
+        tenths => format!("{}.{tenths}", milli / 1000),
+    };
+    let of = |used: String, room: Option<String>| format!("{used}/{}", room.as_deref().unwrap_or("?"));
+    [
+        of(cpus(used.cpu_milli), room.map(|room| cpus(room.cpu_milli))),
+        of(used.memory_mib.to_string(), room.map(|room| format!("{} MiB", room.memory_mib))),
+        of(used.disk_mib.to_string(), room.map(|room| format!("{} MiB", room.disk_mib))),
+    ]
 }
 
 #[cfg(test)]
@@ -412,6 +430,8 @@ mod tests {
             version: "0.1.0".into(),
             feature_level: 2,
             vms: 3,
+            used: NodeRoom { cpu_milli: 1500, memory_mib: 384, disk_mib: 0 },
+            room: Some(NodeRoom { cpu_milli: 200_000, memory_mib: 7680, disk_mib: 102_400 }),
             heard_ms_ago: None,
         };
         let text = table(std::slice::from_ref(&node), false);
@@ -419,6 +439,9 @@ mod tests {
             text.contains("a      leader   192.0.2.1:7440   suspected   3     no          0.1.0"),
             "{text}"
         );
-        assert!(table(&[node], true).contains("zone=z"));
+        let wide = table(std::slice::from_ref(&node), true);
+        assert!(wide.contains("1.5/200   384/7680 MiB   0/102400 MiB   zone=z"), "{wide}");
+        let untold = table(&[NodeView { room: None, ..node }], true);
+        assert!(untold.contains("1.5/?   384/?    0/?"), "{untold}");
     }
 }

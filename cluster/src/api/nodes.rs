@@ -5,7 +5,7 @@ use std::sync::Arc;
 use axum::extract::{Path, Request, State};
 use axum::http::{StatusCode, Uri};
 use axum::response::Response;
-use blixard_api::cluster::{CreateToken, NodeRole, NodeState, NodeView, TokenView};
+use blixard_api::cluster::{CreateToken, NodeRole, NodeRoom, NodeState, NodeView, TokenView};
 use blixard_api::token::{Access, ApiToken, JoinToken};
 use blixard_api::{Page, check_name};
 
@@ -14,6 +14,7 @@ use super::query::Parameters;
 use super::{Api, Shared, answer, body};
 use crate::auth::{random_hex, sha256_hex};
 use crate::host::chain;
+use crate::scheduler::Size;
 use crate::state::{
     Answer, ApiTokenRecord, Command, JoinTokenRecord, MemberCommand, NodeRecord, NodeStatus,
     State as ClusterState,
@@ -96,6 +97,7 @@ impl Api {
 
     pub(super) fn node_view(&self, state: &ClusterState, node: &NodeRecord) -> NodeView {
         let (voters, heard) = self.consensus.standing();
+        let seen = state.view().node(node.id);
         NodeView {
             name: node.name.clone(),
             id: node.id,
@@ -119,6 +121,8 @@ impl Api {
             version: node.version.clone(),
             feature_level: node.feature_level,
             vms: state.vms().filter(|vm| vm.node == node.id).count(),
+            used: seen.map(|seen| room(seen.used)).unwrap_or_default(),
+            room: seen.and_then(|seen| seen.info.room).map(room),
             heard_ms_ago: heard.get(&node.id).copied(),
         }
     }
@@ -133,6 +137,10 @@ impl Api {
         let signer = trust.signer().ok_or_else(|| Failure::internal("no authority signs"))?;
         Ok(Access { cluster: trust.cluster.clone(), authority_sha256: signer.sha256.clone(), secret })
     }
+}
+
+fn room(size: Size) -> NodeRoom {
+    NodeRoom { cpu_milli: size.cpu_milli, memory_mib: size.memory_mib, disk_mib: size.disk_mib }
 }
 
 async fn wanted(request: Request) -> Result<CreateToken, Failure> {

@@ -1,5 +1,7 @@
 //! Where new VMs go, and what operators say about nodes.
 
+use std::time::Duration;
+
 use axum::extract::{Path, Request, State};
 use axum::http::StatusCode;
 use axum::response::Response;
@@ -13,10 +15,12 @@ use super::error::Failure;
 use super::nodes::no_node;
 use super::query::Parameters;
 use super::{Api, Shared, answer, body, mutate};
-use crate::scheduler::{self, Data, Decision, Explanation, View, cluster};
+use crate::scheduler::{self, Data, Decision, Explanation, Reason, View, cluster};
 use crate::state::placement::{Departure, NodeChange, VmChange};
 use crate::state::{Answer, Command, Key, NodeId, NodePolicy, Refusal};
 
+/// Longest wait for nodes that have not told what they have.
+const TELL_MAX: Duration = Duration::from_secs(3);
 /// How often a placement that no longer fits is worked out anew.
 const TRIES_MAX: usize = 5;
 /// Longest grace time of a drain or preemption in milliseconds (a day).
@@ -28,12 +32,18 @@ const PAUSE_MS_MIN: u64 = 100;
 struct Plan {
     view: View,
     image: Option<blixard_agent_api::Digest>,
+    /// Nodes of such a cluster cannot tell what they have.
+    untold: bool,
 }
 
 impl Api {
     fn planning(&self, spec: &VmSpec) -> Plan {
         let state = self.consensus.replica().state();
-        Plan { view: state.view().clone(), image: state.image(&spec.image).map(|image| image.blob.digest) }
+        Plan {
+            view: state.view().clone(),
+            image: state.image(&spec.image).map(|image| image.blob.digest),
+            untold: !state.places(),
+        }
     }
 
     /// Makes a VM on the best node that takes it. A node that was taken meanwhile leads to another one.
@@ -55,7 +65,7 @@ impl Api {
             let known = self.consensus.replica().state().vm(id).map(|vm| vm.node);
             let (node, victims) = match known {
                 Some(node) => (node, Vec::new()),
-                None => self.choose(&project, &spec)?,
+                None => self.choose(&project, &spec).await?,
             };
             let command = Command::CreateVm {
                 id,
@@ -77,11 +87,32 @@ impl Api {
         }
     }
 
-    fn choose(&self, project: &str, spec: &VmSpec) -> Result<(NodeId, Vec<blixard_api::VmId>), Failure> {
-        let plan = self.planning(spec);
-        match scheduler::place(&plan.view, &request(project, spec, &plan)) {
-            Decision::Place { node, victims } => Ok((node, victims)),
-            Decision::Refused(why) => Err(no_room(&why, spec)),
+    /// The node for a VM. When none has room, one that has just started may have: it is waited for until it has told.
+    async fn choose(
+        &self,
+        project: &str,
+        spec: &VmSpec,
+    ) -> Result<(NodeId, Vec<blixard_api::VmId>), Failure> {
+        let told = tokio::time::sleep(TELL_MAX);
+        tokio::pin!(told);
+        let mut revisions = self.consensus.replica().revisions();
+        loop {
+            revisions.mark_unchanged();
+            let plan = self.planning(spec);
+            let why = match scheduler::place(&plan.view, &request(project, spec, &plan)) {
+                Decision::Place { node, victims } => return Ok((node, victims)),
+                Decision::Refused(why) => why,
+            };
+            if !why.refused.contains_key(&Reason::Untold) {
+                return Err(no_room(&why, spec));
+            }
+            tokio::select! {
+                changed = revisions.changed() => if changed.is_err() {
+                    return Err(Failure::unavailable("this node is stopping"));
+                },
+                () = self.stop.cancelled() => return Err(Failure::unavailable("this node is stopping")),
+                () = &mut told => return Err(no_room(&why, spec)),
+            }
         }
     }
 
@@ -127,6 +158,7 @@ fn request<'a>(project: &'a str, spec: &'a VmSpec, plan: &Plan) -> scheduler::Re
         image: plan.image,
         data: Data::Anywhere,
         avoid: &[],
+        untold: plan.untold,
     }
 }
 
@@ -151,7 +183,11 @@ fn no_room(why: &Explanation, spec: &VmSpec) -> Failure {
         spec.disk_mib,
         counts.join(", ")
     );
-    Failure::no_capacity(text).suggest("ask for less, stop VMs, or see: blixard run --dry-run --explain")
+    Failure::no_capacity(text).suggest(if why.refused.contains_key(&Reason::Untold) {
+        "does the agent run there? systemctl status blixard-agent"
+    } else {
+        "ask for less, stop VMs, or see: blixard run --dry-run --explain"
+    })
 }
 
 /// `PUT /v1/nodes/{name}/policy`

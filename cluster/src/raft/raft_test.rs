@@ -13,7 +13,7 @@ use super::state_store::StateStore;
 use super::storage::Folder;
 use super::types::Types;
 use super::*;
-use crate::state::testing::{create, image, init, kernel};
+use crate::state::testing::{create, image, init, kernel, tell};
 use crate::state::{Answer, Command, MemberCommand, Proposal};
 
 struct Builder;
@@ -68,9 +68,12 @@ async fn open(folder: &Path) -> Consensus {
 }
 
 async fn begin(consensus: &Consensus) {
-    for command in
-        [init(16), Command::PutImage(Box::new(image("img"))), Command::PutKernel(Box::new(kernel("default")))]
-    {
+    for command in [
+        init(16),
+        tell(1),
+        Command::PutImage(Box::new(image("img"))),
+        Command::PutKernel(Box::new(kernel("default"))),
+    ] {
         consensus.propose(proposal(command)).await.unwrap().1.unwrap();
     }
 }

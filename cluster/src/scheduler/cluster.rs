@@ -98,5 +98,6 @@ pub fn request(vm: &VmRecord) -> Request<'_> {
         image: Some(vm.pins.image.digest),
         data: Data::Anywhere,
         avoid: &vm.upkeep.avoid,
+        untold: false,
     }
 }

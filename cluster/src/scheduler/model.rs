@@ -138,6 +138,9 @@ pub struct Request<'a> {
     pub data: Data<'a>,
     /// Nodes that refused it, or where it failed.
     pub avoid: &'a [NodeId],
+    /// A node that has not told what it has counts as large enough. Where nodes can tell, only those that did are asked for a
+    /// VM: what is placed on others may be more than they have.
+    pub untold: bool,
 }
 
 /// The answer.
@@ -173,6 +176,8 @@ pub enum Reason {
     Data,
     /// A member of a group is too near.
     AntiAffinity,
+    /// It has not told yet what it has.
+    Untold,
     /// Not enough devices.
     Accelerators,
     /// Not enough room.
@@ -204,6 +209,7 @@ impl Explanation {
             Reason::Taint => "taint without toleration".into(),
             Reason::Data => "its data is on another node".into(),
             Reason::AntiAffinity => "anti-affinity".into(),
+            Reason::Untold => "the node has not told yet what it has".into(),
             Reason::Accelerators => "not enough accelerators".into(),
             Reason::Room(Resource::Cpu) => "not enough processors".into(),
             Reason::Room(Resource::Memory) => "not enough memory".into(),

@@ -142,6 +142,9 @@ impl<'a> Search<'a> {
         if !node.has_accelerators(&self.request.placement.accelerators) {
             return Some(Reason::Accelerators);
         }
+        if node.info.room.is_none() && !self.request.untold {
+            return Some(Reason::Untold);
+        }
         node.short_of(self.request.size, super::model::Size::default()).map(Reason::Room)
     }
 

@@ -33,7 +33,7 @@ fn vm(number: u128, memory: u64, placement: &Placement) -> Placed {
 
 fn request(memory: u64, placement: &Placement) -> Request<'_> {
     let size = size(memory);
-    Request { project: "p", size, placement, image: None, data: Data::Anywhere, avoid: &[] }
+    Request { project: "p", size, placement, image: None, data: Data::Anywhere, avoid: &[], untold: false }
 }
 
 fn chosen(view: &View, memory: u64, placement: &Placement) -> Option<NodeId> {
@@ -57,6 +57,20 @@ fn packing_fills_the_fullest_node_and_spreading_the_emptiest() {
     assert_eq!(chosen(&view, 41, &pack), Some(2), "no room on the fullest");
     assert_eq!(chosen(&view, 40, &plain), Some(1));
     assert_eq!(chosen(&view, 101, &plain), None);
+}
+
+#[test]
+fn a_node_that_has_not_told_what_it_has_takes_nothing_and_nobody_leaves_it_for_others() {
+    let mut view = View::default();
+    view.set_node(node(1, 100));
+    view.set_node(NodeInfo { room: None, ..node(2, 0) });
+    let urgent = Placement { priority: 50, ..Placement::default() };
+    view.put(2, vm(1, 10, &Placement::default()));
+    assert_eq!(chosen(&view, 100, &urgent), Some(1));
+    view.put(1, vm(2, 100, &urgent));
+    assert_eq!(chosen(&view, 5, &urgent), None);
+    let lenient = Request { untold: true, ..request(5, &urgent) };
+    assert_eq!(place(&view, &lenient), Decision::Place { node: 2, victims: vec![] });
 }
 
 #[test]

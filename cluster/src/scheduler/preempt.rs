@@ -26,7 +26,7 @@ pub(super) fn place(view: &View, request: &Request<'_>, search: &Search<'_>) -> 
     let mut candidates: Vec<(u16, NodeId, &Arc<NodeState>)> = view
         .nodes()
         .filter_map(|node| Some((highest_needed(node, request)?, node.info.id, node)))
-        .filter(|(_, _, node)| search.refused_by_others(node))
+        .filter(|(_, _, node)| node.info.room.is_some() && search.refused_by_others(node))
         .collect();
     candidates.sort_by_key(|(priority, id, _)| (*priority, *id));
     candidates.truncate(CANDIDATES_MAX);

@@ -356,8 +356,8 @@ impl View {
 
     fn tally_node(&mut self, info: &NodeInfo, come: bool) {
         tally(&mut self.costs, info.cost, come);
-        // A node that has not told its room may have any.
-        let room = info.room.unwrap_or(Size { cpu_milli: u64::MAX, memory_mib: u64::MAX, disk_mib: 0 });
+        // A node that has not told its room takes nothing.
+        let room = info.room.unwrap_or_default();
         tally(&mut self.cpus, room.cpu_milli, come);
         tally(&mut self.memories, room.memory_mib, come);
     }

@@ -3,7 +3,7 @@
 use super::*;
 use crate::node::FEATURE_LEVEL as LEVEL;
 use crate::state::Command;
-use crate::state::testing::{Cluster, create, id};
+use crate::state::testing::{Cluster, create, id, tell};
 
 /// One that this program does not know.
 const HIGHER: u32 = LEVEL + 1;
@@ -84,7 +84,11 @@ fn a_name_is_that_of_one_node() {
 fn a_removed_node_takes_its_number_along_and_leaves_with_its_last_vm_only() {
     let mut cluster = two();
     let Command::CreateVm { id: vm, project, name, spec, .. } = create(1, "a") else { panic!() };
-    cluster.run(Command::CreateVm { id: vm, project, name, spec, node: 2, waits: false }).unwrap();
+    let there = Command::CreateVm { id: vm, project, name, spec, node: 2, waits: false };
+    let untold = cluster.run(there.clone());
+    assert!(matches!(&untold, Err(Refusal::NoRoom { why, .. }) if why.contains("not told")), "{untold:?}");
+    cluster.run(tell(2)).unwrap();
+    cluster.run(there).unwrap();
     let remove = || member(MemberCommand::Remove { node: 2 });
     assert_eq!(cluster.run(remove()), Err(Refusal::InUse { vms: vec!["a".into()], more: 0 }));
     cluster.run(Command::DeleteVm { id: id(1), force: true, if_generation: None }).unwrap();

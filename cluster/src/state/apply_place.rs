@@ -7,7 +7,7 @@ use blixard_api::VmId;
 use blixard_api::placement::{OnNodeLoss, RestartWhen};
 use blixard_api::vm::{Desired, Phase};
 
-use super::command::{Answer, Outcome, PLACEMENT_LEVEL, Refusal};
+use super::command::{Answer, Outcome, PLACEMENT_LEVEL, ROOM_LEVEL, Refusal};
 use super::placement::{Departure, Leaving, NodeStatus, VmChange};
 use super::records::{NodeId, Observed, VmRecord};
 use super::{NODE_VMS_MAX, PLAN_BYTES_MAX, State};
@@ -135,7 +135,8 @@ impl State {
     /// Whether the node takes this VM: the last check, after all planners.
     pub(super) fn has_room(&self, vm: &VmRecord, node: NodeId) -> Result<(), Refusal> {
         let record = self.nodes.get(&node).ok_or(Refusal::NoNode(node))?;
-        let request = cluster::request(vm);
+        let told = self.cluster.as_ref().is_some_and(|cluster| cluster.feature_level >= ROOM_LEVEL);
+        let request = scheduler::Request { untold: !told, ..cluster::request(vm) };
         if let Some(reason) = scheduler::refuses(&self.view, &request, node).filter(|_| self.places()) {
             let why = scheduler::Explanation::words(reason, &vm.spec.placement);
             return Err(Refusal::NoRoom { node: record.name.clone(), why });

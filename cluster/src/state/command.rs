@@ -164,6 +164,9 @@ pub const PLACEMENT_LEVEL: u32 = 3;
 /// Feature level from which on VMs have health checks, and nodes that were declared down are counted by entries of the log.
 pub const HEALTH_LEVEL: u32 = 4;
 
+/// Feature level from which on a node that has not told what it has takes no VM.
+pub const ROOM_LEVEL: u32 = 5;
+
 /// Whether a spec says something about its place or restarts.
 fn asks_for_a_place(spec: &VmSpec) -> bool {
     !spec.placement.is_default() || !spec.restart.is_default()

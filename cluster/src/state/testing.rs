@@ -5,7 +5,8 @@ use blixard_api::VmId;
 use blixard_api::image::ImageConfig;
 use blixard_netd_api::Subnet;
 
-use super::placement::NodeChange;
+use super::command::ROOM_LEVEL;
+use super::placement::{Capacity, NodeChange};
 use super::{Answer, Command, ImageRecord, KernelRecord, NetworkRecord, Outcome, Proposal, State, VmRecord};
 
 /// Content that is not there.
@@ -54,6 +55,13 @@ pub fn init(prefix: u8) -> Command {
     }
 }
 
+/// A node tells that it has room for any VM that a test makes.
+pub fn tell(node: super::NodeId) -> Command {
+    let capacity =
+        Capacity { cpus: 1 << 24, memory_mib: 1 << 40, disk_mib: 1 << 40, arch: Default::default() };
+    Command::Node { node, change: NodeChange::Capacity(capacity) }
+}
+
 /// The command that makes a VM of the image `img`.
 pub fn create(number: u128, name: &str) -> Command {
     let spec = serde_json::from_str(r#"{"image":"img"}"#).unwrap();
@@ -99,6 +107,9 @@ impl Cluster {
         cluster.run(command).unwrap();
         cluster.run(Command::PutImage(Box::new(image("img")))).unwrap();
         cluster.run(Command::PutKernel(Box::new(kernel("default")))).unwrap();
+        if level >= ROOM_LEVEL {
+            cluster.run(tell(1)).unwrap();
+        }
         cluster
     }
 

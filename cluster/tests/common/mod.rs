@@ -188,6 +188,16 @@ impl Node {
         assert_eq!(kernel.status, 201, "{}", kernel.text());
     }
 
+    /// Lets an agent tell once what the node has: VMs are placed on it from then on.
+    pub fn tell(&self) {
+        // Another instance than those that tests start afterwards.
+        let agent =
+            SimAgent::start_with(&self.agent_socket(), Manner::Prompt, 1000, Default::default()).unwrap();
+        let path = format!("/v1/nodes/{}", self.name);
+        self.until("its room is known", || self.get(&path).json()["room"].is_object());
+        drop(agent);
+    }
+
     /// Creates a VM of the image `img` and answers it.
     pub fn create(&self, number: u128, name: &str) -> Value {
         let answer = self.post(VMS, &create(number, name));

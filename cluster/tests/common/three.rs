@@ -44,6 +44,7 @@ pub fn three() -> Vec<Node> {
     let nodes = vec![one, two, three];
     for node in &nodes {
         node.until("all three vote", || voters(node).len() == 3);
+        node.tell();
     }
     nodes
 }
