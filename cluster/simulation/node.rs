@@ -80,6 +80,8 @@ impl Node {
             "simulation".into(),
             folder.to_owned(),
             blobs.clone(),
+            // No user's request is passed on.
+            tokio::sync::mpsc::channel(1).0,
             stop.clone(),
         );
         let serve = move |end, from: NodeId| {

@@ -10,11 +10,12 @@ use blixard_api::client::{Client, ClientError, Host as ClientHost};
 use blixard_api::cluster::{Admission, Applicant};
 use blixard_api::token::JoinToken;
 use blixard_netd_api::Subnet;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::api::error::Failure;
+use crate::api::members::{self, Members};
 use crate::api::serve::{self, ServeError};
 use crate::api::{self, Api, port};
 use crate::auth::authority::{self, NODE_VALID};
@@ -200,7 +201,17 @@ async fn start(
     if let Some(tls) = &tls {
         let identity = tls.identity();
         let listener = port::listen(identity.bind).await?;
-        let peers = PeerServer::new(consensus.clone(), identity.cluster, raft, blobs.clone(), parts.clone());
+        let (requests, members) = mpsc::channel(members::WAITING_MAX);
+        let peers = PeerServer::new(
+            consensus.clone(),
+            identity.cluster,
+            raft,
+            blobs.clone(),
+            requests,
+            parts.clone(),
+        );
+        let of_members = members::router(Arc::clone(&api));
+        tasks.spawn(serve::serve(Members::new(members), of_members, parts.clone()));
         let users = port::open(listener, tls.clone(), peers, parts.clone());
         tasks.spawn(serve::serve(users, port::for_users(router.clone(), Arc::clone(&api)), parts.clone()));
         tracing::info!(address = %identity.address, node = identity.node, "other nodes and users are served");

@@ -19,8 +19,9 @@ use std::os::unix::net::UnixStream;
 
 use blixard_agent_api::{Phase, Start};
 use blixard_tests::sim_agent::{Manner, SimAgent};
-use common::{Node, VMS, read_chunk, read_head};
-use serde_json::Value;
+use common::three::three;
+use common::{Node, VMS, create, read_chunk, read_head};
+use serde_json::{Value, json};
 
 /// Lines of a watch.
 struct Watch(BufReader<UnixStream>, Vec<u8>);
@@ -105,13 +106,10 @@ fn upgraded(node: &Node, verb: &str) -> UnixStream {
     stream
 }
 
-#[test]
-fn a_stream_carries_both_ways_and_one_side_may_have_said_all() {
-    let (node, _agent) = Node::with_agent(Manner::Prompt);
-    node.create(1, "a");
-    node.get(&format!("{VMS}/a?wait=ready"));
+/// Exec and console of the VM `a`, asked of this node, carry much both ways, and the answer also when the question has ended.
+fn carries(node: &Node) {
     for verb in ["exec", "console"] {
-        let mut stream = upgraded(&node, verb);
+        let mut stream = upgraded(node, verb);
         let sent: Vec<u8> = (0..1_000_000u32).flat_map(u32::to_le_bytes).collect();
         let mut writer = stream.try_clone().unwrap();
         let copy = sent.clone();
@@ -125,6 +123,50 @@ fn a_stream_carries_both_ways_and_one_side_may_have_said_all() {
         assert_eq!(seen.len(), sent.len() + 3);
         assert!(seen.starts_with(&sent) && seen.ends_with(b"end"), "{verb}");
     }
+}
+
+#[test]
+fn a_stream_carries_both_ways_and_one_side_may_have_said_all() {
+    let (node, _agent) = Node::with_agent(Manner::Prompt);
+    node.create(1, "a");
+    node.get(&format!("{VMS}/a?wait=ready"));
+    carries(&node);
+}
+
+#[test]
+fn any_node_passes_on_to_the_node_of_a_vm_and_says_when_it_cannot() {
+    let mut nodes = three();
+    let agent = SimAgent::start(&nodes[2].agent_socket(), Manner::Prompt).unwrap();
+    let mut body = create(1, "a");
+    body["spec"]["placement"] = json!({"constraints": [{"key": "node", "op": "equal", "value": "three"}]});
+    // At once, on a node that may not have heard of it yet.
+    assert_eq!(nodes[1].post(VMS, &body).status, 201);
+    nodes[0].until("it runs", || nodes[0].get(&format!("{VMS}/a")).json()["phase"] == "running");
+    carries(&nodes[0]);
+    carries(&nodes[2]);
+
+    let path = nodes[2].folder.path().join("console.log");
+    std::fs::write(&path, "one\ntwo\n").unwrap();
+    agent.set_log(agent.plan().vms[0].vm, File::open(&path).unwrap());
+    let logs = |node: &Node, query: &str| node.get(&format!("{VMS}/a:logs{query}"));
+    assert_eq!(logs(&nodes[0], "").text(), "one\ntwo\n");
+    assert_eq!(logs(&nodes[0], "?tail=1").text(), "two\n");
+    let refused = logs(&nodes[0], "?tail=x");
+    assert_eq!((refused.status, refused.json()["error"].as_str()), (422, Some("validation_error")));
+    let mut follow =
+        BufReader::new(nodes[0].open("GET", &format!("{VMS}/a:logs?follow=true&tail=1"), &[], 0));
+    assert_eq!(read_head(&mut follow).0, 200);
+    assert_eq!(read_chunk(&mut follow).unwrap(), b"two\n");
+    File::options().append(true).open(&path).unwrap().write_all(b"three\n").unwrap();
+    assert_eq!(read_chunk(&mut follow).unwrap(), b"three\n");
+
+    nodes[2].kill();
+    let mut rest = Vec::new();
+    follow.read_to_end(&mut rest).unwrap();
+    assert_eq!(rest, b"", "cut off: an end would be a chunk of its own");
+    let refused = logs(&nodes[0], "");
+    assert_eq!((refused.status, refused.json()["error"].as_str()), (503, Some("unavailable")));
+    assert!(refused.text().contains("the VM is on node three, which"), "{}", refused.text());
 }
 
 #[test]

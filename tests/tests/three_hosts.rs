@@ -141,7 +141,11 @@ fn run() {
     assert_eq!(hosts.place(0, STAYS), Some(LAST));
     for vm in MOVE {
         let host = hosts.place(0, vm).unwrap();
-        assert_eq!(hosts.blixard(host, &["exec", vm, "uname", "-r"]).good().trim(), release);
+        for asked in [host, (host + 1) % 3] {
+            assert_eq!(hosts.blixard(asked, &["exec", vm, "uname", "-r"]).good().trim(), release);
+            let shown = hosts.blixard(asked, &["logs", vm]).good();
+            assert!(shown.contains("begun"), "host {asked} shows:\n{shown}");
+        }
         assert_eq!(hosts.vm(LAST, vm)["phase"], "running", "every node shows every VM");
     }
 }

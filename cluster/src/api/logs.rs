@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::{Body, Bytes};
+use axum::extract::Request;
 use axum::http::{Uri, header};
 use axum::response::{IntoResponse, Response};
 use blixard_api::VmId;
@@ -30,12 +31,20 @@ const TAIL_BYTES_MAX: u64 = 64 << 20;
 /// `GET …/{name}:logs?follow&tail`
 ///
 /// # Errors
-/// 404, 422, 503 without agent.
-pub async fn logs(api: Shared, project: &str, name: &str, uri: &Uri) -> Result<Response, Failure> {
+/// 404, 422, 503 without agent, or when its node cannot be reached.
+pub async fn logs(api: Shared, project: &str, name: &str, request: Request) -> Result<Response, Failure> {
+    let vm = api.find(project, name)?;
+    match api.elsewhere(&vm) {
+        Some(node) => api.pass_on(node, request).await,
+        None => here(api, vm.id, request.uri()).await,
+    }
+}
+
+/// The same for a VM of this node.
+pub(super) async fn here(api: Shared, vm: VmId, uri: &Uri) -> Result<Response, Failure> {
     let parameters = Parameters::of(uri, &["follow", "tail"])?;
     let follow = parameters.flag("follow")?;
     let tail = parameters.number("tail", 0, u64::MAX)?;
-    let vm = api.find(project, name)?.id;
     let file = Arc::new(File::from(api.ask_agent(move |agent| agent.open_log(vm)).await?));
     let start = Arc::clone(&file);
     let begin = tokio::task::spawn_blocking(move || match tail {

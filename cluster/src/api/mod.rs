@@ -5,6 +5,7 @@
 //! * [`vms`], [`validate`], [`view`], [`wait`]: VMs
 //! * [`placement`]: where VMs go, and what operators say about nodes
 //! * [`streams`], [`logs`], [`watch`]: what goes on longer than a request
+//! * [`members`]: requests that another node has the answer to
 //! * [`content`]: images and kernels
 //! * [`cluster`], [`nodes`]: the cluster itself
 //! * [`port`]: TLS for other nodes and users
@@ -15,6 +16,7 @@ pub mod cluster;
 pub mod content;
 pub mod error;
 pub mod logs;
+pub mod members;
 pub mod mutate;
 pub mod nodes;
 pub mod placement;

@@ -1,6 +1,7 @@
 //! Exec and console: the connection is taken over (RFC 9110 section 7.8) and its bytes are copied to and from the
 //! descriptor that the agent opened, unread. When one side has said all, the other may still answer.
 
+use std::io;
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::sync::Arc;
 
@@ -10,7 +11,9 @@ use axum::response::{IntoResponse, Response};
 use blixard_agent_api::AgentError;
 use blixard_api::{UPGRADE, VmId};
 use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::UnixStream;
+use tokio_util::sync::CancellationToken;
 
 use super::error::Failure;
 use super::query::Parameters;
@@ -31,14 +34,23 @@ const COPY_BYTES: usize = 64 << 10;
 /// `POST …/{name}:exec` and `…/{name}:console`
 ///
 /// # Errors
-/// 400 without the upgrade, 404, 409 when the VM is not there yet, 503 without agent.
+/// 400 without the upgrade, 404, 409 when the VM is not there yet, 503 without agent, or when its node cannot be reached.
 pub async fn open(
     api: Shared,
     project: &str,
     name: &str,
-    mut request: Request,
+    request: Request,
     kind: Kind,
 ) -> Result<Response, Failure> {
+    check(&request)?;
+    let vm = api.find(project, name)?;
+    match api.elsewhere(&vm) {
+        Some(node) => api.pass_on(node, request).await,
+        None => here(api, vm.id, request, kind).await,
+    }
+}
+
+fn check(request: &Request) -> Result<(), Failure> {
     Parameters::of(request.uri(), &[])?;
     let wanted = request.headers().get(header::UPGRADE).and_then(|v| v.to_str().ok());
     if !wanted.is_some_and(|v| v.eq_ignore_ascii_case(UPGRADE)) {
@@ -49,23 +61,44 @@ pub async fn open(
     if request.extensions().get::<hyper::upgrade::OnUpgrade>().is_none() {
         return Err(Failure::malformed("this connection cannot be upgraded: HTTP/1.1 is needed"));
     }
-    let id = api.find(project, name)?.id;
-    let stream = api.descriptor(id, kind).await?;
-    let upgrade = hyper::upgrade::on(&mut request);
-    let stop = api.stop.clone();
+    Ok(())
+}
+
+/// The same for a VM of this node.
+pub(super) async fn here(
+    api: Shared,
+    vm: VmId,
+    mut request: Request,
+    kind: Kind,
+) -> Result<Response, Failure> {
+    check(&request)?;
+    let stream = api.descriptor(vm, kind).await?;
+    Ok(upgraded(&mut request, api.stop.clone(), async { Ok(stream) }))
+}
+
+/// Takes the connection of a request over: its bytes go to and come from `other`, until both sides have ended or the node stops.
+pub(super) fn upgraded<S: AsyncRead + AsyncWrite + Unpin + Send>(
+    request: &mut Request,
+    stop: CancellationToken,
+    other: impl Future<Output = io::Result<S>> + Send + 'static,
+) -> Response {
+    let path = request.uri().path().to_owned();
+    let upgrade = hyper::upgrade::on(request);
     tokio::spawn(async move {
-        let Ok(upgraded) = upgrade.await else { return };
-        let (mut client, mut guest) = (TokioIo::new(upgraded), stream);
-        let copy = tokio::io::copy_bidirectional_with_sizes(&mut client, &mut guest, COPY_BYTES, COPY_BYTES);
+        let copy = async {
+            let (mut client, mut other) =
+                (TokioIo::new(upgrade.await.map_err(io::Error::other)?), other.await?);
+            tokio::io::copy_bidirectional_with_sizes(&mut client, &mut other, COPY_BYTES, COPY_BYTES).await
+        };
         if let Some(Err(error)) = stop.run_until_cancelled(copy).await {
-            tracing::debug!(%id, ?kind, "stream ended: {error}");
+            tracing::debug!(path, "stream ended: {error}");
         }
     });
     let mut response = StatusCode::SWITCHING_PROTOCOLS.into_response();
     let headers = response.headers_mut();
     headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
     headers.insert(header::UPGRADE, HeaderValue::from_static(UPGRADE));
-    Ok(response)
+    response
 }
 
 impl Api {

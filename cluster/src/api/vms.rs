@@ -126,11 +126,11 @@ pub fn page<T>(
 pub async fn get(
     State(api): State<Shared>,
     Path((project, name)): Path<(String, String)>,
-    uri: Uri,
+    request: Request,
 ) -> Result<Response, Failure> {
     match name.split_once(':') {
-        None => read(&api, &project, &name, &uri).await,
-        Some((name, "logs")) => logs::logs(api, &project, name, &uri).await,
+        None => read(&api, &project, &name, request.uri()).await,
+        Some((name, "logs")) => logs::logs(api, &project, name, request).await,
         Some((_, verb)) => Err(no_verb("GET", verb)),
     }
 }

@@ -28,6 +28,8 @@ pub enum Kind {
     ContentPart,
     /// Its end, or that there is none.
     ContentEnd,
+    /// HTTP/1.1 follows, no more frames.
+    Requests,
 }
 
 impl Kind {
@@ -41,13 +43,14 @@ impl Kind {
             Self::ContentBegin => 6,
             Self::ContentPart => 7,
             Self::ContentEnd => 8,
+            Self::Requests => 9,
         }
     }
 
     fn of(byte: u8) -> Option<Self> {
         let of_raft = [Self::Append, Self::Call, Self::SnapshotBegin, Self::SnapshotPart, Self::SnapshotEnd];
-        let of_content = [Self::ContentBegin, Self::ContentPart, Self::ContentEnd];
-        of_raft.into_iter().chain(of_content).find(|kind| kind.byte() == byte)
+        let others = [Self::ContentBegin, Self::ContentPart, Self::ContentEnd, Self::Requests];
+        of_raft.into_iter().chain(others).find(|kind| kind.byte() == byte)
     }
 }
 

@@ -8,8 +8,8 @@
 //! * [`client`]: what openraft sends through
 //! * [`server`]: what other members send
 //!
-//! To each member there is at most one connection for replication, one for heartbeats, one for questions and one while a
-//! snapshot or content is sent.
+//! To each member there is at most one connection for replication, one for heartbeats, one for questions, one while a
+//! snapshot or content is sent, and one for each request of a user that is passed on.
 
 pub mod call;
 pub mod client;
@@ -29,14 +29,15 @@ use futures::future::BoxFuture;
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use self::call::Caller;
+use super::Consensus;
 use super::replica::Replica;
 use crate::auth::tls::Tls;
 use crate::state::NodeId;
 
 /// A connection to another member. Who is at the other end is certain.
-pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin + 'static {}
 
-impl<S: AsyncRead + AsyncWrite + Send + Unpin> Stream for S {}
+impl<S: AsyncRead + AsyncWrite + Send + Unpin + 'static> Stream for S {}
 
 /// How connections to other members come about.
 pub trait Connect: Send + Sync {
@@ -104,5 +105,17 @@ impl Peers {
             .entry(node)
             .or_insert_with(|| Arc::new(Caller::new(self.dialer.clone(), node, known.map(str::to_owned))));
         Arc::clone(caller)
+    }
+}
+
+impl Consensus {
+    /// A connection to another member over which HTTP/1.1 is spoken: requests of users about VMs there.
+    ///
+    /// # Errors
+    /// The member cannot be reached.
+    pub async fn requests_to(&self, node: NodeId) -> io::Result<Box<dyn Stream>> {
+        let mut stream = self.peers.dialer.connect(node, None).await?;
+        frame::write(&mut stream, frame::Kind::Requests, 0, &[]).await?;
+        Ok(stream)
     }
 }

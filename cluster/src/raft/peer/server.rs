@@ -40,19 +40,23 @@ pub struct PeerServer {
     /// Content for other members, and how many are served at once.
     blobs: BlobStore,
     serving: Arc<Semaphore>,
+    /// Takes connections with requests of users.
+    requests: mpsc::Sender<Box<dyn Stream>>,
     stop: CancellationToken,
 }
 
 impl PeerServer {
-    /// A server for this member of this cluster.
+    /// A server for this member of this cluster. `requests` takes the connections with requests of users.
     pub fn new(
         consensus: Consensus,
         cluster: String,
         folder: PathBuf,
         blobs: BlobStore,
+        requests: mpsc::Sender<Box<dyn Stream>>,
         stop: CancellationToken,
     ) -> Self {
-        Self { consensus, cluster, folder, blobs, serving: Arc::new(Semaphore::new(SERVED_MAX)), stop }
+        let serving = Arc::new(Semaphore::new(SERVED_MAX));
+        Self { consensus, cluster, folder, blobs, serving, requests, stop }
     }
 
     /// Serves one connection until it ends, once it has shown whose it is. What is wrong with it is logged with its address.
@@ -117,6 +121,10 @@ impl PeerServer {
                 let _place = self.serving.acquire().await.map_err(io::Error::other)?;
                 content::serve(&mut stream, &first.content, &self.blobs).await?;
                 stream.shutdown().await
+            }
+            Kind::Requests => {
+                let taken = self.requests.send(Box::new(stream)).await;
+                taken.map_err(|_| io::Error::new(io::ErrorKind::BrokenPipe, "no request is taken"))
             }
             other => Err(io::Error::new(io::ErrorKind::InvalidData, format!("it begins with {other:?}"))),
         }
