@@ -6,13 +6,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use futures::FutureExt;
+use futures::future::{BoxFuture, Shared};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::io::AsyncWriteExt;
 use tokio::sync::{mpsc, oneshot};
 
-use super::Dialer;
 use super::frame::{self, Kind};
+use super::{Dialer, Stream};
 use crate::liveness::EntryId;
 use crate::raft::types::Types;
 use crate::state::{NodeId, Outcome, Proposal};
@@ -21,6 +23,9 @@ use crate::state::{NodeId, Outcome, Proposal};
 pub const CALLS_MAX: usize = 1024;
 /// Frames that are collected before they are written.
 const WRITE_BYTES_MAX: usize = 256 << 10;
+/// Longest time for a connection to come about. A lost first packet is sent again after a second; what was begun while the way was
+/// cut must not be waited for much longer than that once it is there again.
+const DIAL_MAX: Duration = Duration::from_secs(2);
 
 /// What one member asks another.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -132,18 +137,22 @@ struct Line {
     answers: Answers,
 }
 
+/// A connection that comes about, or is there, or did not come about. It goes on when nobody waits for it any more: questions may
+/// have less time than a handshake takes.
+type Dial = Shared<BoxFuture<'static, Result<Line, Arc<io::Error>>>>;
+
 /// Asks one member; connects when there is something to ask.
 pub struct Caller {
     dialer: Dialer,
     node: NodeId,
     known: Option<String>,
-    line: tokio::sync::Mutex<Option<Line>>,
+    dial: Mutex<Option<Dial>>,
     next: AtomicU64,
 }
 
 impl Caller {
     pub(super) fn new(dialer: Dialer, node: NodeId, known: Option<String>) -> Self {
-        Self { dialer, node, known, line: tokio::sync::Mutex::new(None), next: AtomicU64::new(1) }
+        Self { dialer, node, known, dial: Mutex::default(), next: AtomicU64::new(1) }
     }
 
     /// Asks, and waits for the answer at most this long.
@@ -178,12 +187,40 @@ impl Caller {
     }
 
     async fn line(&self) -> io::Result<Line> {
-        let mut line = self.line.lock().await;
-        if let Some(line) = line.as_ref().filter(|line| !line.frames.is_closed()) {
-            return Ok(line.clone());
-        }
-        let unreachable = |error: io::Error| io::Error::new(io::ErrorKind::NotConnected, error);
-        let stream = self.dialer.connect(self.node, self.known.as_deref()).await.map_err(unreachable)?;
+        let dial = {
+            let mut dial = self.dial.lock().unwrap_or_else(PoisonError::into_inner);
+            let usable = |dial: &&Dial| match dial.peek() {
+                None => true,
+                Some(Ok(line)) => !line.frames.is_closed(),
+                Some(Err(_)) => false,
+            };
+            match dial.as_ref().filter(usable) {
+                Some(dial) => dial.clone(),
+                None => dial.insert(self.dial()).clone(),
+            }
+        };
+        dial.await.map_err(|error| io::Error::new(io::ErrorKind::NotConnected, error))
+    }
+
+    fn dial(&self) -> Dial {
+        let (dialer, node, known) = (self.dialer.clone(), self.node, self.known.clone());
+        let dial = async move {
+            let stream = tokio::time::timeout(DIAL_MAX, dialer.connect(node, known.as_deref())).await;
+            stream
+                .map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?
+                .map(|stream| Line::new(stream, node))
+        };
+        let dialled = tokio::spawn(dial).map(|ended| match ended {
+            Ok(line) => line.map_err(Arc::new),
+            // The node stops.
+            Err(error) => Err(Arc::new(io::Error::other(error))),
+        });
+        dialled.boxed().shared()
+    }
+}
+
+impl Line {
+    fn new(stream: Box<dyn Stream>, node: NodeId) -> Self {
         let (mut reader, mut writer) = tokio::io::split(stream);
         let (frames, mut queue) = mpsc::channel::<Vec<u8>>(CALLS_MAX);
         let answers = Answers::default();
@@ -209,7 +246,7 @@ impl Caller {
             }
             Ok::<(), io::Error>(())
         };
-        let (node, ended) = (self.node, Arc::clone(&answers));
+        let ended = Arc::clone(&answers);
         tokio::spawn(async move {
             let result = tokio::select! { biased; result = write => result, result = read => result };
             if let Err(error) = result {
@@ -218,8 +255,82 @@ impl Caller {
             // Everybody who waits is told by the end of the sender.
             ended.lock().unwrap_or_else(PoisonError::into_inner).clear();
         });
-        let new = Line { frames, answers };
-        *line = Some(new.clone());
-        Ok(new)
+        Self { frames, answers }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::SocketAddr;
+    use std::sync::atomic::AtomicUsize;
+
+    use super::*;
+    use crate::clock::Clock;
+    use crate::raft::peer::Connect;
+    use crate::raft::replica::Replica;
+    use crate::state::State;
+
+    /// A way on which a handshake takes a while, to a member that answers `null` to as many questions on a connection.
+    struct Slow {
+        handshake: Duration,
+        answers: usize,
+        dialled: AtomicUsize,
+    }
+
+    impl Connect for Slow {
+        fn connect(&self, _: NodeId, _: SocketAddr) -> BoxFuture<'_, io::Result<Box<dyn Stream>>> {
+            self.dialled.fetch_add(1, Ordering::Relaxed);
+            async {
+                tokio::time::sleep(self.handshake).await;
+                let (ours, mut theirs) = tokio::io::duplex(1 << 10);
+                let answers = self.answers;
+                tokio::spawn(async move {
+                    for _ in 0..answers {
+                        let Ok(Some(question)) = frame::read(&mut theirs).await else { return };
+                        frame::write(&mut theirs, Kind::Call, question.number, b"null").await.unwrap();
+                    }
+                });
+                Ok(Box::new(ours) as Box<dyn Stream>)
+            }
+            .boxed()
+        }
+    }
+
+    fn caller(handshake_ms: u64, answers: usize) -> (Caller, Arc<Slow>) {
+        let handshake = Duration::from_millis(handshake_ms);
+        let way = Arc::new(Slow { handshake, answers, dialled: AtomicUsize::new(0) });
+        let replica = Arc::new(Replica::new(State::default(), Clock::default()));
+        let dialer = Dialer { replica, way: Some(Arc::clone(&way) as Arc<dyn Connect>) };
+        (Caller::new(dialer, 2, Some("127.0.0.1:1".into())), way)
+    }
+
+    async fn ask(caller: &Caller, ms: u64) -> io::Result<()> {
+        caller.ask(&Question::Connected, Duration::from_millis(ms)).await
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_handshake_that_takes_longer_than_a_question_serves_the_next_ones() {
+        let (caller, way) = caller(120, usize::MAX);
+        for _ in 0..2 {
+            assert_eq!(ask(&caller, 50).await.unwrap_err().kind(), io::ErrorKind::TimedOut);
+        }
+        ask(&caller, 50).await.unwrap();
+        ask(&caller, 50).await.unwrap();
+        assert_eq!(way.dialled.load(Ordering::Relaxed), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_that_ended_or_takes_too_long_is_made_anew() {
+        let (short, way) = caller(1, 1);
+        ask(&short, 50).await.unwrap();
+        // The other end has gone, which is noticed when the reader is next polled.
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        ask(&short, 50).await.unwrap();
+        assert_eq!(way.dialled.load(Ordering::Relaxed), 2);
+
+        let (never, way) = caller(3_600_000, 1);
+        assert_eq!(ask(&never, 5000).await.unwrap_err().kind(), io::ErrorKind::NotConnected);
+        assert_eq!(ask(&never, 500).await.unwrap_err().kind(), io::ErrorKind::TimedOut);
+        assert_eq!(way.dialled.load(Ordering::Relaxed), 2);
     }
 }
