@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use blixard_api::vm::{Desired, Phase};
+use blixard_node::scheduler::{Decision, cluster, place};
 use blixard_node::state::{NodeId, NodeStatus, State, VmRecord, invariants};
 
 use crate::world::World;
@@ -87,6 +88,12 @@ fn over_capacity(world: &World, on: NodeId, state: &State) {
     }
 }
 
+/// It has left its node, or never had one, and no node takes it, not even when others make room.
+fn waits_for_room(state: &State, vm: &VmRecord) -> bool {
+    vm.upkeep.leaving.is_some_and(|leaving| leaving.released)
+        && matches!(place(state.view(), &cluster::request(vm)), Decision::Refused(_))
+}
+
 /// What is missing until everything is as it shall be; `None` when nothing is.
 pub fn missing(world: &World) -> Option<String> {
     let mut states: Vec<(NodeId, State)> = Vec::new();
@@ -123,10 +130,11 @@ pub fn missing(world: &World) -> Option<String> {
         let fits = match vm.desired {
             Desired::Running => {
                 let ended = vm.has_ended() && !vm.restarts_by_itself();
-                if !ended {
+                if !ended && !waits_for_room(state, vm) {
                     wanted.entry(vm.node).or_default().push((vm.id, vm.epoch));
                 }
                 ended
+                    || waits_for_room(state, vm)
                     || (phase == Phase::Running
                         && vm.upkeep.leaving.is_none()
                         && vm.observed.start == vm.start)

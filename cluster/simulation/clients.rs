@@ -2,9 +2,11 @@
 //! they meet.
 
 use blixard_api::VmId;
+use blixard_api::placement::PreemptionPolicy;
 use blixard_api::vm::VmSpec;
 use blixard_node::raft::{Consensus, ProposeError};
 use blixard_node::scheduler::{Data, Decision, Request, cluster, place};
+use blixard_node::state::placement::{Departure, VmChange};
 use blixard_node::state::{Answer, Command, Outcome, Proposal, Refusal};
 use tokio_util::sync::CancellationToken;
 
@@ -28,6 +30,35 @@ pub struct Client {
     pub trace: Trace,
     /// Its choices.
     pub dice: Dice,
+    /// Its VMs are large and differ in priority, so that some make room for others.
+    pub crowd: Option<Crowd>,
+}
+
+/// What VMs are like where there is not room for all of them.
+pub struct Crowd(Dice);
+
+impl Crowd {
+    /// In some runs, as the seed says. Its numbers are its own.
+    pub fn new(seed: u64) -> Option<Self> {
+        let mut dice = Dice::new(seed ^ 0x0063_726f_7764_5f5f);
+        dice.chance(300).then_some(Self(dice))
+    }
+
+    /// The same for another client.
+    pub fn fork(&mut self) -> Self {
+        Self(self.0.fork())
+    }
+
+    /// Makes a VM larger and gives it a priority.
+    fn change(&mut self, spec: &mut VmSpec) {
+        let Self(dice) = self;
+        spec.memory_mib = dice.pick(&[512, 1024, 2048]).unwrap_or(spec.memory_mib);
+        spec.placement.priority = dice.pick(&[0, 500, 900]).unwrap_or(spec.placement.priority);
+        let policies =
+            [PreemptionPolicy::Never, PreemptionPolicy::LowerPriority, PreemptionPolicy::CostAware];
+        spec.placement.preemption.policy = dice.pick(&policies).unwrap_or_default();
+        spec.placement.preemption.grace_ms = 0;
+    }
 }
 
 /// What became of a command.
@@ -136,14 +167,17 @@ impl Client {
             "restart": { "when": if again { "always" } else { "never" } },
             "health": { "command": if made.is_multiple_of(2) { vec!["true"] } else { vec![] } },
         });
-        let spec: VmSpec = match serde_json::from_value(spec) {
+        let mut spec: VmSpec = match serde_json::from_value(spec) {
             Ok(spec) => spec,
             Err(error) => {
                 self.trace.wrong(format_args!("a spec: {error}"));
                 return None;
             }
         };
-        let target = {
+        if let Some(crowd) = &mut self.crowd {
+            crowd.change(&mut spec);
+        }
+        let (target, victims) = {
             let state = node.replica().state();
             let request = Request {
                 project: "default",
@@ -155,7 +189,7 @@ impl Client {
                 untold: false,
             };
             match place(state.view(), &request) {
-                Decision::Place { node, .. } => node,
+                Decision::Place { node, victims } => (node, victims),
                 Decision::Refused(_) => return None,
             }
         };
@@ -166,13 +200,27 @@ impl Client {
             name: format!("vm-{}-{made}", self.number),
             spec: Box::new(spec),
             node: target,
-            waits: false,
+            waits: !victims.is_empty(),
         };
         let became = self.propose(node, alive, command).await;
+        if matches!(became, Became::Applied(Ok(_))) {
+            self.preempt(node, alive, &victims).await;
+        }
         let (known, told) = self.told(became)?;
         self.note(node, &id.to_string(), known, &VmOp::Create(told));
         self.history.vm(id, begin, known, VmOp::Create(told));
         Some(Owned { id, generation: None })
+    }
+
+    /// Asks these VMs to leave, once, as the API does.
+    async fn preempt(&self, node: &Consensus, alive: &CancellationToken, victims: &[VmId]) {
+        for id in victims {
+            let epoch = node.replica().state().vm(*id).map(|vm| vm.epoch);
+            let Some(epoch) = epoch else { continue };
+            let change = VmChange::Evict { why: Departure::Preempted, grace_ms: 0 };
+            self.trace.note(format_args!("client {}: {id} shall make room", self.number));
+            self.propose(node, alive, Command::Vm { id: *id, epoch, change }).await;
+        }
     }
 
     /// What a change of a VM means for the history; `None` when it was not made.

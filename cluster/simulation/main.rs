@@ -11,6 +11,7 @@ mod disk;
 mod faults;
 mod history;
 mod host;
+mod liar;
 mod linear;
 mod network;
 mod node;

@@ -20,13 +20,19 @@ use tokio::time::{Instant, Sleep};
 use crate::dice::Dice;
 use crate::trace::Trace;
 
-/// How long a node tries to connect: as the real one.
-const CONNECT_MAX: Duration = Duration::from_secs(2);
+/// When a first packet that was lost is sent again (RFC 6298, section 2.1), and how often one is sent before a node gives up, after
+/// 2 s as the real one does.
+const SENT_AGAIN: Duration = Duration::from_secs(1);
+const TRIES: usize = 2;
 /// Bytes under way in one direction of a connection.
 const WINDOW: usize = 1 << 20;
 /// Where a frame says what it is, and the number of the kind that is a question or an answer.
 const KIND_AT: usize = 4;
 const CALL: u8 = 2;
+const APPEND: u8 = 1;
+/// Connections for replication of which is remembered what was sent first, and how much of it.
+const SAID_MAX: usize = 64;
+const SAID_BYTES_MAX: usize = 64 << 10;
 /// Where the content of a frame begins.
 const CONTENT_AT: usize = 13;
 
@@ -65,10 +71,14 @@ struct Pipe {
     /// Whether each frame goes its own way; known with the first one.
     frames: Option<bool>,
     begun: Vec<u8>,
+    /// What is remembered of what was sent.
+    said: Option<Said>,
     reader: Option<Waker>,
     writer: Option<Waker>,
 }
 
+/// The beginning of what was sent over a connection.
+type Said = Arc<Mutex<Vec<u8>>>;
 type SharedPipe = Arc<Mutex<Pipe>>;
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -92,6 +102,7 @@ impl Pipe {
             silent: false,
             frames: None,
             begun: Vec::new(),
+            said: None,
             reader: None,
             writer: None,
         }))
@@ -139,6 +150,8 @@ struct Inner {
     dark: BTreeSet<NodeId>,
     pipes: Vec<Weak<Mutex<Pipe>>>,
     trace: Trace,
+    /// What was sent over connections for replication, from whom to whom; oldest first.
+    said: VecDeque<(NodeId, NodeId, Said)>,
     /// Of a thousand questions or answers, how many come twice.
     twice_per_mille: u64,
 }
@@ -178,6 +191,7 @@ impl Network {
             servers: BTreeMap::new(),
             dark: BTreeSet::new(),
             pipes: Vec::new(),
+            said: VecDeque::new(),
             trace,
             twice_per_mille,
         })))
@@ -272,6 +286,33 @@ impl Network {
         });
     }
 
+    /// Somebody connects anew and says again what it said over some connection for replication.
+    pub fn repeat(&self, dice: &mut Dice) {
+        let (serve, end, from) = {
+            let mut inner = self.inner();
+            let said: Vec<_> = inner.said.iter().cloned().collect();
+            let Some((from, to, said)) = dice.pick(&said) else { return };
+            let Some((number, serve)) = inner.servers.get(&to).map(|(n, serve)| (*n, Arc::clone(serve)))
+            else {
+                return;
+            };
+            let bytes = lock(&said).clone();
+            inner.trace.note(format_args!("{from} repeats {} bytes to {to}", bytes.len()));
+            // No run of it: the connection is not one that its own process knows.
+            let (here, there) = ((from, u64::MAX), (to, number));
+            let (way, back) = (Pipe::new(here, there), Pipe::new(there, here));
+            inner.pipes.extend([Arc::downgrade(&way), Arc::downgrade(&back)]);
+            let (begin, end) = (Instant::now() + dice.millis(0..=200), dice.millis(0..=500));
+            {
+                let mut way = lock(&way);
+                way.put_in_order(begin, Item::Bytes(bytes));
+                way.put_in_order(begin + end, Item::End);
+            }
+            (serve, End::new(self.clone(), way, back), from)
+        };
+        serve(end, from);
+    }
+
     fn write(&self, pipe: &SharedPipe, bytes: &[u8]) {
         let mut inner = self.inner();
         let mut pipe = lock(pipe);
@@ -281,6 +322,20 @@ impl Network {
         }
         let frames = *pipe.frames.get_or_insert_with(|| bytes.get(KIND_AT) == Some(&CALL));
         if !frames {
+            if pipe.said.is_none() && bytes.get(KIND_AT) == Some(&APPEND) {
+                let said = Arc::new(Mutex::new(Vec::new()));
+                if inner.said.len() == SAID_MAX {
+                    inner.said.pop_front();
+                }
+                inner.said.push_back((from, to, Arc::clone(&said)));
+                pipe.said = Some(said);
+            }
+            // Each write is of whole frames.
+            if let Some(mut said) = pipe.said.as_ref().map(|said| lock(said))
+                && said.len() + bytes.len() <= SAID_BYTES_MAX
+            {
+                said.extend_from_slice(bytes);
+            }
             let at = Instant::now() + inner.delay(from, to);
             pipe.put_in_order(at, Item::Bytes(bytes.to_vec()));
             return;
@@ -324,12 +379,17 @@ impl Connect for Port {
             let reachable = |inner: &Inner| {
                 !inner.way(from, node).cut && !inner.way(node, from).cut && !inner.dark.contains(&node)
             };
-            let time = {
-                let mut inner = self.network.inner();
-                let time = inner.delay(from, node) + inner.delay(node, from);
-                if reachable(&inner) { time } else { CONNECT_MAX }
-            };
-            tokio::time::sleep(time).await;
+            for _ in 0..TRIES {
+                let (time, arrives) = {
+                    let mut inner = self.network.inner();
+                    let time = inner.delay(from, node) + inner.delay(node, from);
+                    if reachable(&inner) { (time, true) } else { (SENT_AGAIN, false) }
+                };
+                tokio::time::sleep(time).await;
+                if arrives {
+                    break;
+                }
+            }
             let (end, serve, other) = {
                 let mut inner = self.network.inner();
                 if !reachable(&inner) {

@@ -9,10 +9,11 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::checks::{Checks, missing};
-use crate::clients::Client;
+use crate::clients::{Client, Crowd};
 use crate::dice::Dice;
 use crate::faults::Faults;
 use crate::history::History;
+use crate::liar::Liar;
 use crate::operator::Operator;
 use crate::trace::Trace;
 use crate::world::World;
@@ -105,11 +106,14 @@ async fn simulate(settings: Settings, folder: PathBuf) -> Outcome {
     }
     let mut faults = Faults::new(dice.fork());
     let mut operator = Operator::new(settings.seed);
+    let mut liar = Liar::new(settings.seed);
+    let mut crowd = Crowd::new(settings.seed);
     trace.note(format_args!("{nodes} nodes, faults {:?}", faults.kinds()));
     let stop = CancellationToken::new();
     let mut clients = tokio::task::JoinSet::new();
-    let client = |number, dice| Client {
+    let mut client = |number, dice| Client {
         number,
+        crowd: crowd.as_mut().map(Crowd::fork),
         running: world.running.clone(),
         history: history.clone(),
         trace: trace.clone(),
@@ -135,6 +139,7 @@ async fn simulate(settings: Settings, folder: PathBuf) -> Outcome {
         world.supervise().await;
         faults.strike(&mut world).await;
         operator.act(&mut world).await;
+        liar.act(&world);
     }
     if trace.found().is_none() {
         faults.end(&mut world);

@@ -44,7 +44,8 @@ use crate::state::{Command, MemberCommand, NetworkRecord, NodeId, Proposal, Refu
 /// Number of the node that makes a cluster.
 const FIRST_NODE: NodeId = 1;
 /// What this program understands. 1: clusters of one node. 2: commands about the cluster itself. 3: placement and leases.
-/// 4: health checks; declarations of nodes as down are counted by the log. 5: a node that has not told what it has takes no VM.
+/// 4: health checks; declarations of nodes as down are counted by the log. 5: a node that has not told what it has takes no VM;
+/// a VM keeps its room until its policy starts it again.
 /// A build for tests of upgrades knows one more, in which nothing is new.
 pub const FEATURE_LEVEL: u32 = if cfg!(feature = "test-next-level") { ROOM_LEVEL + 1 } else { ROOM_LEVEL };
 #[cfg(all(feature = "test-next-level", not(debug_assertions)))]

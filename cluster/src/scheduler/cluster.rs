@@ -52,8 +52,9 @@ fn room(capacity: &Capacity, policy: &NodePolicy) -> Size {
     }
 }
 
-/// What a placed VM takes now; `None` when nothing of it is left on its node. One that has ended takes disk only.
-pub fn placed(vm: &VmRecord) -> Option<Placed> {
+/// What a placed VM takes now; `None` when nothing of it is left on its node. One that has ended takes disk only, unless it `keeps` its
+/// room until its policy starts it again: then it takes everything, and makes no room for others meanwhile.
+pub fn placed(vm: &VmRecord, keeps: bool) -> Option<Placed> {
     if vm.upkeep.leaving.is_some_and(|leaving| leaving.released) {
         return None;
     }
@@ -62,6 +63,9 @@ pub fn placed(vm: &VmRecord) -> Option<Placed> {
     let runs = !vm.has_ended() && !off_plan;
     if runs {
         return Some(whole);
+    }
+    if keeps && !off_plan && vm.restarts_by_itself() {
+        return Some(Placed { stays: true, ..whole });
     }
     let size = Size { disk_mib: whole.size.disk_mib, ..Size::default() };
     Some(Placed { size, accelerators: BTreeMap::new(), stays: true, ..whole })
@@ -81,9 +85,9 @@ pub fn placed_whole(vm: &VmRecord) -> Placed {
     }
 }
 
-/// Brings what is known of a VM into the view.
-pub fn put(view: &mut View, vm: &VmRecord) {
-    match placed(vm) {
+/// Brings what is known of a VM into the view; see [`placed`].
+pub fn put(view: &mut View, vm: &VmRecord, keeps: bool) {
+    match placed(vm, keeps) {
         Some(placed) => view.put(vm.node, placed),
         None => view.take(vm.node, vm.id),
     }

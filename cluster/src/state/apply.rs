@@ -360,7 +360,8 @@ impl State {
 
     pub(super) fn put_vm(&mut self, vm: VmRecord) -> Arc<VmRecord> {
         let vm = Arc::new(vm);
-        cluster::put(&mut self.view, &vm);
+        let keeps = self.keeps_room();
+        cluster::put(&mut self.view, &vm, keeps);
         self.changed.insert(RecordKey::Vm(vm.id));
         self.vms.insert(vm.id, Arc::clone(&vm));
         vm

@@ -168,6 +168,8 @@ impl State {
         if cluster.feature_level < level {
             Arc::make_mut(cluster).feature_level = level;
             self.changed.insert(RecordKey::Cluster);
+            // What a VM takes depends on it.
+            self.loaded();
         }
         Ok(Answer::Done)
     }

@@ -39,6 +39,12 @@ impl State {
         self.cluster.as_ref().is_some_and(|cluster| cluster.feature_level >= PLACEMENT_LEVEL)
     }
 
+    /// Whether every member knows that a VM keeps its room until it is started again, and that no VM goes where nobody has told
+    /// what there is.
+    pub(super) fn keeps_room(&self) -> bool {
+        self.cluster.as_ref().is_some_and(|cluster| cluster.feature_level >= ROOM_LEVEL)
+    }
+
     pub(super) fn unchanged(vm: VmRecord) -> Outcome {
         Ok(Answer::Vm { vm: Arc::new(vm), created: false })
     }
@@ -135,8 +141,7 @@ impl State {
     /// Whether the node takes this VM: the last check, after all planners.
     pub(super) fn has_room(&self, vm: &VmRecord, node: NodeId) -> Result<(), Refusal> {
         let record = self.nodes.get(&node).ok_or(Refusal::NoNode(node))?;
-        let told = self.cluster.as_ref().is_some_and(|cluster| cluster.feature_level >= ROOM_LEVEL);
-        let request = scheduler::Request { untold: !told, ..cluster::request(vm) };
+        let request = scheduler::Request { untold: !self.keeps_room(), ..cluster::request(vm) };
         if let Some(reason) = scheduler::refuses(&self.view, &request, node).filter(|_| self.places()) {
             let why = scheduler::Explanation::words(reason, &vm.spec.placement);
             return Err(Refusal::NoRoom { node: record.name.clone(), why });
@@ -207,8 +212,9 @@ impl State {
         for node in self.nodes.values() {
             self.view.set_node(cluster::node_info(node));
         }
+        let keeps = self.keeps_room();
         for vm in self.vms.values() {
-            cluster::put(&mut self.view, vm);
+            cluster::put(&mut self.view, vm, keeps);
         }
     }
 }

@@ -9,7 +9,7 @@ use proptest::prelude::*;
 
 use super::super::placement::{Capacity, NodeChange, NodePolicy};
 use super::super::testing::{Cluster, create, id};
-use super::super::{Command, NodeRecord, Proposal, invariants};
+use super::super::{Command, MemberCommand, NodeRecord, Proposal, invariants};
 use super::*;
 
 /// A cluster of these nodes, each with 8 processors and 1024 MiB; node 1 is the first.
@@ -64,6 +64,44 @@ fn a_node_takes_no_more_than_it_has_and_a_stopped_vm_leaves_its_memory_to_others
     let policy = NodePolicy { memory_percent: 200, ..NodePolicy::default() };
     cluster.run(node_change(1, NodeChange::Policy(Box::new(policy)))).unwrap();
     assert!(cluster.run(Command::StartVm { id: id(1), if_generation: None }).is_ok(), "overcommitted");
+}
+
+#[test]
+fn a_vm_that_is_started_again_keeps_its_room_until_then_and_makes_none_for_others() {
+    let again = |limit| {
+        move |spec: &mut VmSpec| {
+            spec.memory_mib = 1024;
+            spec.restart.when = RestartWhen::Always;
+            spec.restart.limit = limit;
+        }
+    };
+    let small = |spec: &mut VmSpec| spec.placement.priority = 900;
+    let mut full = cluster(1);
+    full.run(create_on(1, 1, again(None))).unwrap();
+    full.run(report(1, 1, 1, 1, Phase::Failed)).unwrap();
+    let refused = full.run(create_on(2, 1, small));
+    assert!(matches!(refused, Err(Refusal::NoRoom { .. })), "{refused:?}");
+    assert!(full.state.view().node(1).unwrap().by_priority.is_empty(), "it cannot be stopped for others");
+    full.run(vm_change(1, 1, VmChange::Restart { start: 1 })).unwrap();
+    assert_eq!(full.state.vm(id(1)).unwrap().start, 2);
+    full.run(report(1, 1, 1, 2, Phase::Running)).unwrap();
+    assert_eq!(full.state.view().node(1).unwrap().by_priority.len(), 1);
+
+    let mut ended = cluster(1);
+    ended.run(create_on(1, 1, again(Some(0)))).unwrap();
+    ended.run(report(1, 1, 1, 1, Phase::Failed)).unwrap();
+    ended.run(create_on(2, 1, small)).unwrap();
+
+    // Older members let others have it; from the entry on that raises the level all do the same again.
+    let mut older = Cluster::at_level(16, ROOM_LEVEL - 1);
+    older.run(create_on(1, 1, again(None))).unwrap();
+    older.run(report(1, 1, 1, 1, Phase::Failed)).unwrap();
+    let used = |cluster: &Cluster| cluster.state.view().node(1).unwrap().used.memory_mib;
+    assert_eq!(used(&older), 0);
+    let raise = MemberCommand::RaiseLevel { level: ROOM_LEVEL, node: 1, knows: ROOM_LEVEL };
+    older.run(Command::Member(Box::new(raise))).unwrap();
+    assert_eq!(used(&older), 1024);
+    assert_eq!(invariants::broken(&older.state), Vec::<&str>::new());
 }
 
 #[test]

@@ -164,7 +164,7 @@ pub const PLACEMENT_LEVEL: u32 = 3;
 /// Feature level from which on VMs have health checks, and nodes that were declared down are counted by entries of the log.
 pub const HEALTH_LEVEL: u32 = 4;
 
-/// Feature level from which on a node that has not told what it has takes no VM.
+/// Feature level from which on a node that has not told what it has takes no VM, and a VM keeps its room until its policy starts it again.
 pub const ROOM_LEVEL: u32 = 5;
 
 /// Whether a spec says something about its place or restarts.

@@ -103,7 +103,8 @@ fn released_means_unlisted(state: &State) -> bool {
 }
 
 fn view_is_the_records(state: &State) -> bool {
-    let placed = state.vms.values().filter_map(|vm| Some((vm.node, cluster::placed(vm)?)));
+    let placed =
+        state.vms.values().filter_map(|vm| Some((vm.node, cluster::placed(vm, state.keeps_room())?)));
     let mut count = 0;
     for (node, placed) in placed {
         count += 1;

@@ -15,6 +15,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::frame::{self, Kind};
 use super::{Dialer, Stream};
+use crate::auth::tls::CONNECT_MAX;
 use crate::liveness::EntryId;
 use crate::raft::types::Types;
 use crate::state::{NodeId, Outcome, Proposal};
@@ -23,9 +24,6 @@ use crate::state::{NodeId, Outcome, Proposal};
 pub const CALLS_MAX: usize = 1024;
 /// Frames that are collected before they are written.
 const WRITE_BYTES_MAX: usize = 256 << 10;
-/// Longest time for a connection to come about. A lost first packet is sent again after a second; what was begun while the way was
-/// cut must not be waited for much longer than that once it is there again.
-const DIAL_MAX: Duration = Duration::from_secs(2);
 
 /// What one member asks another.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -205,7 +203,7 @@ impl Caller {
     fn dial(&self) -> Dial {
         let (dialer, node, known) = (self.dialer.clone(), self.node, self.known.clone());
         let dial = async move {
-            let stream = tokio::time::timeout(DIAL_MAX, dialer.connect(node, known.as_deref())).await;
+            let stream = tokio::time::timeout(CONNECT_MAX, dialer.connect(node, known.as_deref())).await;
             stream
                 .map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?
                 .map(|stream| Line::new(stream, node))
