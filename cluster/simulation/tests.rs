@@ -53,7 +53,7 @@ fn whatever_fails_nothing_acknowledged_is_lost_no_vm_runs_twice_and_all_comes_to
 }
 
 /// Seeds that found a mistake, with what it was. The mistake is mended; the run has changed with the program since.
-const FOUND: [(u64, &str); 8] = [
+const FOUND: [(u64, &str); 9] = [
     (12, "a leader that was restarted led on in its term and answered reads without what was agreed"),
     (
         2,
@@ -69,7 +69,14 @@ const FOUND: [(u64, &str); 8] = [
         200_351,
         "a leader that became a learner led on, heard of nobody, and declared a node down that was alive",
     ),
-    (144, "a VM that was to be started again, by its policy, had lost its room to another one and waited for ever"),
+    (
+        144,
+        "a VM that was to be started again, by its policy, had lost its room to another one and waited for ever",
+    ),
+    (
+        500_137,
+        "a voter said that it answers a node no more, restarted with an older state and answered it: its VM ran twice",
+    ),
     (302_213, "a node that had just joined got VMs before it had told what it has, more than that"),
 ];
 

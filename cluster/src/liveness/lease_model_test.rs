@@ -1,5 +1,5 @@
 //! Every order of events of one node and three voters, with the real state machines: heartbeats that are lost or late,
-//! voters that restart and lag behind the log, suspicions that are wrong and taken back, leaders that change, a node whose
+//! voters that lag behind the log, restart and forget what they had applied and not yet stored, suspicions that are wrong and taken back, leaders that change, a node whose
 //! clock is slower. Whatever happens, the node is declared down only when its lease has ended on its own clock.
 //!
 //! A new leader that has been told nothing yet could do less than one that has: it needs no step of its own.
@@ -45,6 +45,8 @@ struct Limits {
     entries: usize,
     /// Voters say something only when they have applied the suspicion.
     fence: bool,
+    /// And only when it is stored, so that a restart does not undo it.
+    stored: bool,
 }
 
 #[derive(Debug, Clone)]
@@ -63,6 +65,8 @@ struct World {
     log: Vec<NodeStatus>,
     /// State machine and applied entries of each voter.
     voters: BTreeMap<NodeId, (Voter, usize)>,
+    /// How many entries the voter that may restart has stored as applied; the others never lose any.
+    stored: usize,
     restarts: u8,
     /// What voters told the present leader: for how long, and when that came.
     told: BTreeMap<NodeId, (u64, u64)>,
@@ -79,6 +83,7 @@ impl World {
             answered: BTreeSet::new(),
             log: vec![NodeStatus::Up],
             voters: VOTERS.iter().map(|v| (*v, (voter(0), 0))).collect(),
+            stored: 0,
             restarts: 0,
             told: BTreeMap::new(),
         }
@@ -112,7 +117,7 @@ impl World {
             (since, *applied, numbers(&self.sent, voter), numbers(&self.answered, voter), told)
         });
         voters[1..].sort_unstable();
-        (self.now, self.slow, self.beats.clone(), self.log.clone(), self.restarts, voters)
+        (self.now, self.slow, self.beats.clone(), self.log.clone(), self.restarts, self.stored, voters)
     }
 
     fn next(&self, limits: Limits) -> Vec<World> {
@@ -160,15 +165,20 @@ impl World {
             if self.restarts < 1 && *voter == VOTERS[0] {
                 step(&|w| {
                     w.restarts += 1;
-                    w.voters.get_mut(voter).unwrap().0 = self::voter(w.now);
+                    w.voters.insert(*voter, (self::voter(w.now), w.stored));
                 });
+            }
+            if self.restarts < 1 && *voter == VOTERS[0] && self.stored < *applied {
+                step(&|w| w.stored = *applied);
             }
             // The voter speaks only when it has applied this very suspicion; without a fence it always does.
             let suspicion = self.log.len() as u64 - 1;
             let applied = if limits.fence { *applied } else { self.log.len() - 1 };
             let known = self.told.get(voter).map(|(for_ms, at_ms)| for_ms + self.now - at_ms);
             let standing = standing(&self.log, applied);
-            let told = state.unanswered_ms(self.now, NODE, standing, suspicion).filter(|_| self.suspected());
+            let stored = *voter != VOTERS[0] || self.stored as u64 >= suspicion || !limits.stored;
+            let told = state.unanswered_ms(self.now, NODE, standing, suspicion);
+            let told = told.filter(|_| self.suspected() && stored);
             // One that says no more than before changes nothing that the leader may do.
             if let Some(for_ms) = told.filter(|for_ms| known.is_none_or(|known| known < *for_ms)) {
                 step(&|w| {
@@ -208,12 +218,17 @@ fn explore(limits: Limits) -> (usize, Option<World>) {
 fn no_node_is_declared_down_while_its_lease_lasts() {
     // A lease comes from one heartbeat, and other ones only make voters answer later: one is enough. The suspicion is taken
     // back and comes again.
-    let (states, broken) = explore(Limits { entries: 4, fence: true });
+    let (states, broken) = explore(Limits { entries: 4, fence: true, stored: true });
     assert!(broken.is_none(), "{broken:#?}");
     assert!(states > 1_000, "{states}");
 }
 
 #[test]
 fn without_the_fence_of_the_log_the_model_finds_two_leases() {
-    assert!(explore(Limits { entries: 2, fence: false }).1.is_some());
+    assert!(explore(Limits { entries: 2, fence: false, stored: false }).1.is_some());
+}
+
+#[test]
+fn when_voters_speak_of_what_they_have_not_stored_the_model_finds_two_leases() {
+    assert!(explore(Limits { entries: 2, fence: true, stored: false }).1.is_some());
 }

@@ -8,8 +8,9 @@
 //! * [`voter`]: every voter. It answers heartbeats of nodes that are up in its applied state, and remembers when it last
 //!   did. So each future leader knows what it needs already.
 //! * [`detector`]: the leader. A node that is silent, and that others cannot reach either, becomes suspected by a log
-//!   entry; from then on no voter that has applied it answers that node. Once a majority of voters has said, after applying
-//!   it, that their last answer is longer ago than a lease can last, the lease has ended for certain, and the node is down.
+//!   entry; from then on no voter that has applied it answers that node. Once a majority of voters has said, after applying and
+//!   storing it, that their last answer is longer ago than a lease can last, the lease has ended for certain, and the node is
+//!   down. A voter that spoke of what it had not stored could restart with an older state and answer the node again.
 //!
 //! The fence is the log itself: any majority that could renew the lease meets the majority that has said it will not. A new
 //! leader goes on where the old one was; nothing waits for it to have been leader for some time. Nor does anything depend

@@ -71,7 +71,8 @@ impl Consensus {
         let mut voter = self.pulse.voter();
         let electorate = self.electorate().since;
         voter.votes_since(now_ms, electorate);
-        let standing = standing(&self.replica.state(), node);
+        // What it says must hold after a restart too: with an older state it would answer the node again.
+        let standing = standing(&self.replica.state(), node).filter(|_| self.replica.stored() >= suspicion);
         Unanswered { for_ms: voter.unanswered_ms(now_ms, node, standing, suspicion), electorate }
     }
 

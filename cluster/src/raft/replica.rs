@@ -2,6 +2,7 @@
 //! each change and a bounded history of them.
 
 use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use blixard_api::VmId;
@@ -52,6 +53,8 @@ pub struct Replica {
     state: RwLock<State>,
     clock: Clock,
     revision: watch::Sender<u64>,
+    /// Newest revision that a restart does not undo.
+    stored: AtomicU64,
     history: Mutex<History>,
     /// When the newest start of each VM was applied here: number of the start, microseconds of CLOCK_MONOTONIC.
     applied: Mutex<HashMap<VmId, (u64, u64)>>,
@@ -63,6 +66,7 @@ impl Replica {
         let forgotten = state.revision();
         Self {
             revision: watch::Sender::new(forgotten),
+            stored: AtomicU64::new(forgotten),
             state: RwLock::new(state),
             clock,
             history: Mutex::new(History { changes: VecDeque::new(), forgotten }),
@@ -86,6 +90,16 @@ impl Replica {
     /// Index of the newest applied entry, with a signal for each change.
     pub fn revisions(&self) -> watch::Receiver<u64> {
         self.revision.subscribe()
+    }
+
+    /// Newest revision that is on disk: after a restart this node has applied at least this much. The state is written up to a
+    /// second after it was applied.
+    pub fn stored(&self) -> u64 {
+        self.stored.load(Ordering::Acquire)
+    }
+
+    pub(super) fn set_stored(&self, revision: u64) {
+        self.stored.store(revision, Ordering::Release);
     }
 
     /// When this start of a VM was applied here, in microseconds of CLOCK_MONOTONIC, if it was.

@@ -378,6 +378,7 @@ impl Shared {
                 records.push((key.to_string(), value));
             }
         }
+        let revision = pending.applied.map_or(0, |id| id.index);
         let (applied, membership) = (json(&pending.applied)?, json(&pending.membership)?);
         drop(pending);
         let commit = || -> Result<(), redb::Error> {
@@ -402,7 +403,9 @@ impl Shared {
             transaction.commit()?;
             Ok(())
         };
-        commit().map_err(io_error)
+        commit().map_err(io_error)?;
+        self.replica.set_stored(revision);
+        Ok(())
     }
 
     /// Puts what another node has in the place of all that is here.
@@ -427,6 +430,7 @@ impl Shared {
         transaction.commit().map_err(io_error)?;
         let mut pending = self.pending();
         self.replica.replace(state);
+        self.replica.set_stored(snapshot.last_log_id.map_or(0, |id| id.index));
         let scheduled = pending.scheduled;
         let (applied, membership) = (snapshot.last_log_id, snapshot.last_membership.clone());
         *pending = Pending { scheduled, ..Pending::nothing(applied, membership) };
