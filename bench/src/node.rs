@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::raft::RaftError;
-use crate::raft::cluster::{Http, VMS, content, free, ulid, until};
+use crate::raft::cluster::{Http, PURGE_DELAY, VMS, content, free, ulid, until};
 use crate::table::{machine, say, write_json};
 
 /// Clients that make the VMs.
@@ -197,6 +197,7 @@ fn spawn(program: &Path, arguments: &[String], folder: &Path) -> Result<Child, R
     let log = std::fs::OpenOptions::new().create(true).append(true).open(folder.join("log"));
     let log = log.map_err(system("open a log"))?;
     let mut command = Command::new(program);
+    command.env(PURGE_DELAY.0, PURGE_DELAY.1);
     command.args(arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
     command.spawn().map_err(RaftError::system(format!("start {}", program.display())))
 }

@@ -141,12 +141,16 @@ fn spawn(program: &Path, arguments: &[String], folder: &Path) -> Result<Child, R
     let log = log.map_err(RaftError::system("open a log"))?;
     Command::new(program)
         .args(arguments)
+        .env(PURGE_DELAY.0, PURGE_DELAY.1)
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(log)
         .spawn()
         .map_err(RaftError::system(format!("start {}", program.display())))
 }
+
+/// In the environment of a node, as its unit has it.
+pub const PURGE_DELAY: (&str, &str) = ("MIMALLOC_PURGE_DELAY", "100");
 
 /// Waits until something is so.
 pub fn until<T>(what: &str, look: impl Fn() -> Option<T>) -> Result<T, RaftError> {

@@ -93,6 +93,8 @@ impl Service {
             .arg(program)
             .args(arguments)
             .env("NO_COLOR", "1")
+            // As the node's unit has it; the others have another allocator.
+            .env("MIMALLOC_PURGE_DELAY", "100")
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
