@@ -55,23 +55,26 @@ impl Guest {
         act(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Takes a record of the guest link.
+    /// Takes a record of the guest link. A workload ends once, and init gives up once: what a guest says of that again is not
+    /// told to anybody, since each change goes as far as the cluster's log.
     pub fn on_record(&self, record: LinkRecord, times: &Times) {
         self.with(|news| {
-            news.fresh = true;
-            match record {
-                LinkRecord::Started => {
-                    times.note(Moment::InitStart);
-                }
+            let is_new = match record {
+                LinkRecord::Started => times.note(Moment::InitStart),
                 LinkRecord::Ready => {
                     times.note(Moment::GuestReady);
-                    news.ready = true;
+                    !std::mem::replace(&mut news.ready, true)
                 }
-                LinkRecord::WorkloadExited(exit) => news.workload = Some(exit),
-                LinkRecord::Problem(text) => news.problem = Some(text),
-                LinkRecord::Health(health) => news.health = Some(health),
-                LinkRecord::Stop | LinkRecord::Restored(_) => news.fresh = false,
-            }
+                LinkRecord::WorkloadExited(exit) => first(&mut news.workload, exit),
+                LinkRecord::Problem(text) => first(&mut news.problem, text),
+                LinkRecord::Health(health) => {
+                    let is_new = news.health.as_ref() != Some(&health);
+                    news.health = Some(health);
+                    is_new
+                }
+                LinkRecord::Stop | LinkRecord::Restored(_) => false,
+            };
+            news.fresh |= is_new;
         });
     }
 
@@ -84,6 +87,13 @@ impl Guest {
     pub fn outcome(&self) -> (Option<WorkloadExit>, Option<String>) {
         self.with(|news| (news.workload, news.problem.clone()))
     }
+}
+
+/// Keeps the first value; true when this is it.
+fn first<T>(kept: &mut Option<T>, value: T) -> bool {
+    let is_first = kept.is_none();
+    kept.get_or_insert(value);
+    is_first
 }
 
 /// How the guest is asked to stop.
@@ -443,5 +453,31 @@ impl Answer for Machine {
             Request::Metrics { from } => Reply::Metrics(self.samples().page(*from)),
         };
         (reply, vec![])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use blixard_vmm_api::health::{Health, HealthState};
+
+    use super::*;
+
+    #[test]
+    fn a_guest_that_says_again_how_its_work_ended_is_no_news() {
+        let (guest, times) = (Guest::default(), Times::default());
+        let is_new = |record| {
+            guest.on_record(record, &times);
+            guest.with(|news| std::mem::take(&mut news.fresh))
+        };
+        let health = |state| LinkRecord::Health(Health { state, output: String::new() });
+        assert!(is_new(LinkRecord::Started) && !is_new(LinkRecord::Started));
+        assert!(is_new(LinkRecord::Ready) && !is_new(LinkRecord::Ready));
+        assert!(is_new(health(HealthState::Healthy)) && !is_new(health(HealthState::Healthy)));
+        assert!(is_new(health(HealthState::Unhealthy)));
+        assert!(is_new(LinkRecord::WorkloadExited(WorkloadExit::Code(1))));
+        assert!(!is_new(LinkRecord::WorkloadExited(WorkloadExit::Code(2))));
+        assert!(is_new(LinkRecord::Problem("a".into())) && !is_new(LinkRecord::Problem("b".into())));
+        assert!(!is_new(LinkRecord::Stop));
+        assert_eq!(guest.outcome(), (Some(WorkloadExit::Code(1)), Some("a".into())));
     }
 }
