@@ -153,6 +153,7 @@ fn any_node_passes_on_to_the_node_of_a_vm_and_says_when_it_cannot() {
     assert_eq!(logs(&nodes[0], "?tail=1").text(), "two\n");
     let refused = logs(&nodes[0], "?tail=x");
     assert_eq!((refused.status, refused.json()["error"].as_str()), (422, Some("validation_error")));
+    assert_eq!(refused.json()["request_id"].as_str(), refused.header("blixard-request-id").as_deref());
     let mut follow =
         BufReader::new(nodes[0].open("GET", &format!("{VMS}/a:logs?follow=true&tail=1"), &[], 0));
     assert_eq!(read_head(&mut follow).0, 200);

@@ -143,8 +143,10 @@ impl Api {
             }));
         }
         let mut response = answer.map(Body::new).into_response();
-        // The connection behind it is another one.
-        response.headers_mut().remove(header::CONNECTION);
+        // The connection behind it is another one (RFC 9110, section 7.6.1).
+        for name in [header::CONNECTION, header::TRANSFER_ENCODING] {
+            response.headers_mut().remove(name);
+        }
         Ok(response)
     }
 }

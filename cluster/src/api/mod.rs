@@ -160,8 +160,9 @@ async fn finish(
         let now = *api.consensus.replica().revisions().borrow();
         response.headers_mut().insert(revision, now.into());
     }
+    // What another node has answered has its id, there as in the body.
     if let Ok(value) = HeaderValue::from_str(&id) {
-        response.headers_mut().insert(REQUEST_ID_HEADER, value);
+        response.headers_mut().entry(REQUEST_ID_HEADER).or_insert(value);
     }
     api.metrics.request(method.as_str(), &route, response.status().as_u16(), begin.elapsed());
     response
