@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::raft::RaftError;
-use crate::raft::cluster::{Http, PURGE_DELAY, VMS, content, free, ulid, until};
+use crate::raft::cluster::{Http, PURGE_DELAY, VMS, content, free, start_agent, ulid, until};
 use crate::table::{machine, say, write_json};
 
 /// Clients that make the VMs.
@@ -74,9 +74,7 @@ impl Node {
         std::fs::remove_dir_all(work).ok();
         std::fs::create_dir_all(work).map_err(system("make a folder"))?;
         let socket = work.join("agent.sock");
-        let agent = Command::new(programs.join("examples/agent")).arg(&socket).stdin(Stdio::piped()).spawn();
-        let agent =
-            agent.map_err(system("start the agent (cargo build --release -p blixard-node --examples)"))?;
+        let agent = start_agent(&programs.join("blixard-node"), &socket)?;
         let (api, program) = (free()?, programs.join("blixard-node"));
         let text = |path: &Path| path.display().to_string();
         let arguments: Vec<String> = [

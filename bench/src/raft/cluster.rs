@@ -6,7 +6,6 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use blixard_tests::sim_agent::{Manner, SimAgent};
 use serde_json::{Value, json};
 
 use super::failover::Member;
@@ -122,13 +121,12 @@ impl Node {
 
     /// Lets an agent tell once what the node has: VMs are placed on it from then on.
     fn tell(&self) -> Result<(), RaftError> {
-        let socket = self.folder.join("agent.sock");
-        let agent = SimAgent::start(&socket, Manner::Prompt)
-            .map_err(|error| RaftError::Wrong(format!("an agent cannot start: {error}")))?;
+        let mut agent = start_agent(&self.program, &self.folder.join("agent.sock"))?;
         let path = format!("/v1/nodes/{}", self.name);
-        until("what a node has is known", || self.get(&path)?.get("room").map(drop))?;
-        drop(agent);
-        Ok(())
+        let told = until("what a node has is known", || self.get(&path)?.get("room").map(drop));
+        agent.kill().ok();
+        agent.wait().ok();
+        told
     }
 
     fn post(&self, path: &str, body: &[u8]) -> Result<(u16, Vec<u8>), RaftError> {
@@ -147,6 +145,13 @@ fn spawn(program: &Path, arguments: &[String], folder: &Path) -> Result<Child, R
         .stderr(log)
         .spawn()
         .map_err(RaftError::system(format!("start {}", program.display())))
+}
+
+/// Starts the agent without a host that is built beside this node, at a socket.
+pub fn start_agent(node: &Path, socket: &Path) -> Result<Child, RaftError> {
+    let program = node.with_file_name("examples").join("agent");
+    let failed = RaftError::system("start the agent (cargo build --release -p blixard-node --examples)");
+    Command::new(program).arg(socket).stdin(Stdio::piped()).spawn().map_err(failed)
 }
 
 /// In the environment of a node, as its unit has it.
