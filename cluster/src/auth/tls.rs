@@ -7,7 +7,6 @@ use std::net::SocketAddr;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
-use nix::sys::socket::sockopt::TcpUserTimeout;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::server::WebPkiClientVerifier;
@@ -27,9 +26,6 @@ pub const PEER: &[u8] = b"blixard-peer/1";
 const HTTP: &[u8] = b"http/1.1";
 /// Longest time for a connection and its handshake.
 pub const CONNECT_MAX: Duration = Duration::from_secs(2);
-/// How long what was sent to another node may stay unacknowledged before its connection is given up, in milliseconds (RFC 5482). After a
-/// cut the system sends again after ever longer pauses, up to as long as the cut was: a new connection is there sooner.
-const UNACKNOWLEDGED_MAX_MS: u32 = 3_000;
 
 /// An encrypted connection that another node began.
 pub type Inbound = tokio_rustls::server::TlsStream<TcpStream>;
@@ -108,7 +104,6 @@ impl Tls {
         let connect = async {
             let stream = TcpStream::connect(address).await?;
             stream.set_nodelay(true)?;
-            nix::sys::socket::setsockopt(&stream, TcpUserTimeout, &UNACKNOWLEDGED_MAX_MS)?;
             present.connector.connect(name, stream).await
         };
         let timeout = |_| std::io::Error::from(std::io::ErrorKind::TimedOut);

@@ -12,6 +12,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::io::AsyncWriteExt;
 use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
 
 use super::frame::{self, Kind};
 use super::{Dialer, Stream};
@@ -126,6 +127,11 @@ pub enum ReadIndex {
     Stopped(String),
 }
 
+/// A question that was not answered for so long, while nothing else came either, ends its connection. After a cut the system sends
+/// again only after pauses that grew with the cut; a new connection is there sooner. Questions with less time say nothing: the
+/// other end may be busy.
+const SILENCE_MAX: Duration = Duration::from_secs(1);
+
 type Answers = Arc<Mutex<BTreeMap<u64, oneshot::Sender<Vec<u8>>>>>;
 
 /// A connection for questions. It lives as long as the task that reads from it.
@@ -133,6 +139,8 @@ type Answers = Arc<Mutex<BTreeMap<u64, oneshot::Sender<Vec<u8>>>>>;
 struct Line {
     frames: mpsc::Sender<Vec<u8>>,
     answers: Answers,
+    /// When something came last.
+    heard: Arc<Mutex<Instant>>,
 }
 
 /// A connection that comes about, or is there, or did not come about. It goes on when nobody waits for it any more: questions may
@@ -159,8 +167,10 @@ impl Caller {
     /// The member cannot be reached (`NotConnected`: nothing was sent), does not answer in time, or answers something else.
     pub async fn ask<T: DeserializeOwned>(&self, question: &Question, time: Duration) -> io::Result<T> {
         let content = serde_json::to_vec(question)?;
+        let mut asked = None;
         let ask = async {
             let line = self.line().await?;
+            asked = Some((line.clone(), Instant::now()));
             let number = self.next.fetch_add(1, Ordering::Relaxed);
             let (answer, answered) = oneshot::channel();
             {
@@ -180,8 +190,27 @@ impl Caller {
             answered.await.map_err(|_| io::Error::from(io::ErrorKind::ConnectionReset))
         };
         let answer = tokio::time::timeout(time, ask).await;
+        if let (Err(_), Some((line, since))) = (&answer, asked) {
+            self.leave_if_silent(&line, since);
+        }
         let answer = answer.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
         Ok(serde_json::from_slice(&answer)?)
+    }
+
+    /// Gives up a line on which a question from `since` was not answered, when nothing else came.
+    fn leave_if_silent(&self, line: &Line, since: Instant) {
+        let heard = *line.heard.lock().unwrap_or_else(PoisonError::into_inner);
+        if since.elapsed() < SILENCE_MAX || heard > since {
+            return;
+        }
+        let mut dial = self.dial.lock().unwrap_or_else(PoisonError::into_inner);
+        // Another question may have given it up before, and there is a new one.
+        let same =
+            |dial: &Dial| matches!(dial.peek(), Some(Ok(now)) if Arc::ptr_eq(&now.answers, &line.answers));
+        if dial.as_ref().is_some_and(same) {
+            tracing::debug!(node = self.node, "nothing comes from another node: its connection is given up");
+            *dial = None;
+        }
     }
 
     async fn line(&self) -> io::Result<Line> {
@@ -222,7 +251,8 @@ impl Line {
         let (mut reader, mut writer) = tokio::io::split(stream);
         let (frames, mut queue) = mpsc::channel::<Vec<u8>>(CALLS_MAX);
         let answers = Answers::default();
-        let waiting = Arc::clone(&answers);
+        let heard = Arc::new(Mutex::new(Instant::now()));
+        let (waiting, hears) = (Arc::clone(&answers), Arc::clone(&heard));
         let write = async move {
             while let Some(mut bytes) = queue.recv().await {
                 while bytes.len() < WRITE_BYTES_MAX {
@@ -236,6 +266,7 @@ impl Line {
         };
         let read = async move {
             while let Some(frame) = frame::read(&mut reader).await? {
+                *hears.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
                 let mut answers = waiting.lock().unwrap_or_else(PoisonError::into_inner);
                 if let Some(answer) = answers.remove(&frame.number) {
                     // Whoever asked may have given up.
@@ -253,7 +284,7 @@ impl Line {
             // Everybody who waits is told by the end of the sender.
             ended.lock().unwrap_or_else(PoisonError::into_inner).clear();
         });
-        Self { frames, answers }
+        Self { frames, answers, heard }
     }
 }
 
@@ -272,6 +303,8 @@ mod tests {
     struct Slow {
         handshake: Duration,
         answers: usize,
+        /// It closes the connection then, or else says nothing more.
+        closes: bool,
         dialled: AtomicUsize,
     }
 
@@ -281,11 +314,14 @@ mod tests {
             async {
                 tokio::time::sleep(self.handshake).await;
                 let (ours, mut theirs) = tokio::io::duplex(1 << 10);
-                let answers = self.answers;
+                let (answers, closes) = (self.answers, self.closes);
                 tokio::spawn(async move {
                     for _ in 0..answers {
                         let Ok(Some(question)) = frame::read(&mut theirs).await else { return };
                         frame::write(&mut theirs, Kind::Call, question.number, b"null").await.unwrap();
+                    }
+                    if !closes {
+                        std::future::pending::<()>().await;
                     }
                 });
                 Ok(Box::new(ours) as Box<dyn Stream>)
@@ -294,9 +330,9 @@ mod tests {
         }
     }
 
-    fn caller(handshake_ms: u64, answers: usize) -> (Caller, Arc<Slow>) {
+    fn caller(handshake_ms: u64, answers: usize, closes: bool) -> (Caller, Arc<Slow>) {
         let handshake = Duration::from_millis(handshake_ms);
-        let way = Arc::new(Slow { handshake, answers, dialled: AtomicUsize::new(0) });
+        let way = Arc::new(Slow { handshake, answers, closes, dialled: AtomicUsize::new(0) });
         let replica = Arc::new(Replica::new(State::default(), Clock::default()));
         let dialer = Dialer { replica, way: Some(Arc::clone(&way) as Arc<dyn Connect>) };
         (Caller::new(dialer, 2, Some("127.0.0.1:1".into())), way)
@@ -308,7 +344,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_handshake_that_takes_longer_than_a_question_serves_the_next_ones() {
-        let (caller, way) = caller(120, usize::MAX);
+        let (caller, way) = caller(120, usize::MAX, true);
         for _ in 0..2 {
             assert_eq!(ask(&caller, 50).await.unwrap_err().kind(), io::ErrorKind::TimedOut);
         }
@@ -319,16 +355,29 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_connection_that_ended_or_takes_too_long_is_made_anew() {
-        let (short, way) = caller(1, 1);
+        let (short, way) = caller(1, 1, true);
         ask(&short, 50).await.unwrap();
         // The other end has gone, which is noticed when the reader is next polled.
         tokio::time::sleep(Duration::from_millis(1)).await;
         ask(&short, 50).await.unwrap();
         assert_eq!(way.dialled.load(Ordering::Relaxed), 2);
 
-        let (never, way) = caller(3_600_000, 1);
+        let (never, way) = caller(3_600_000, 1, true);
         assert_eq!(ask(&never, 5000).await.unwrap_err().kind(), io::ErrorKind::NotConnected);
         assert_eq!(ask(&never, 500).await.unwrap_err().kind(), io::ErrorKind::TimedOut);
+        assert_eq!(way.dialled.load(Ordering::Relaxed), 2);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_on_which_a_long_question_is_not_answered_is_made_anew_and_a_short_one_leaves_it() {
+        let (caller, way) = caller(1, 2, false);
+        ask(&caller, 50).await.unwrap();
+        ask(&caller, 50).await.unwrap();
+        // The other end reads no more, as behind a cut: the connection stays.
+        ask(&caller, 50).await.unwrap_err();
+        assert_eq!(way.dialled.load(Ordering::Relaxed), 1);
+        ask(&caller, 2000).await.unwrap_err();
+        ask(&caller, 50).await.unwrap();
         assert_eq!(way.dialled.load(Ordering::Relaxed), 2);
     }
 }
