@@ -1,6 +1,7 @@
 //! Every order of events of one node and three voters, with the real state machines: heartbeats that are lost or late,
-//! voters that lag behind the log, restart and forget what they had applied and not yet stored, suspicions that are wrong and taken back, leaders that change, a node whose
-//! clock is slower. Whatever happens, the node is declared down only when its lease has ended on its own clock.
+//! voters that lag behind the log, restart and forget what they had applied and not yet stored, suspicions that are wrong
+//! and taken back, leaders that change, a node whose clock is slower. Whatever happens, the node is declared down only when
+//! its lease has ended on its own clock.
 //!
 //! A new leader that has been told nothing yet could do less than one that has: it needs no step of its own.
 //! Answers arrive at once: a lease counts from the sending of the heartbeat, so a late answer never makes it longer.
