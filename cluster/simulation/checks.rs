@@ -27,7 +27,7 @@ impl Checks {
             let Some(running) = &place.node else { continue };
             let looked = self.looked.entry((*node, place.runs)).or_default();
             let state = {
-                let replica = running.consensus.replica();
+                let replica = running.member.consensus.replica();
                 let state = replica.state();
                 if state.revision() == *looked {
                     continue;
@@ -100,8 +100,8 @@ pub fn missing(world: &World) -> Option<String> {
     let mut leaders = std::collections::BTreeSet::new();
     for (node, place) in world.places.iter().filter(|(_, place)| !place.removed) {
         let Some(running) = &place.node else { return Some(format!("{node} does not run")) };
-        states.push((*node, running.consensus.replica().state().clone()));
-        leaders.insert(running.consensus.leader_id());
+        states.push((*node, running.member.consensus.replica().state().clone()));
+        leaders.insert(running.member.consensus.leader_id());
     }
     if leaders.len() != 1 || leaders.contains(&None) {
         return Some(format!("not all know the same leader: {leaders:?}"));
@@ -114,7 +114,7 @@ pub fn missing(world: &World) -> Option<String> {
             state.revision()
         ));
     }
-    let voters = world.running.all().first().map(|(consensus, _)| consensus.standing().0.len());
+    let voters = world.running.all().first().map(|member| member.consensus.standing().0.len());
     let wanted = if states.len().is_multiple_of(2) { states.len() - 1 } else { states.len() }.min(5);
     if voters != Some(wanted) {
         return Some(format!("{voters:?} vote, {wanted} shall"));

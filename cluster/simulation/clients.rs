@@ -1,20 +1,26 @@
-//! Clients: each asks some node for something, waits for the answer, and notes both. What they ask for is about few things, so that
-//! they meet.
+//! Clients: each asks the API of some node for something, waits for the answer, and notes both. What they ask for is about few things,
+//! so that they meet. Content of images is not uploaded: what gives it a name is proposed at once.
 
+use axum::http::{Method, StatusCode};
 use blixard_api::VmId;
+use blixard_api::image::ImageView;
 use blixard_api::placement::PreemptionPolicy;
-use blixard_api::vm::VmSpec;
-use blixard_node::raft::{Consensus, ProposeError};
-use blixard_node::scheduler::{Data, Decision, Request, cluster, place};
-use blixard_node::state::placement::{Departure, VmChange};
-use blixard_node::state::{Answer, Command, Outcome, Proposal, Refusal};
+use blixard_api::vm::{VmSpec, VmView};
+use blixard_node::raft::ProposeError;
+use blixard_node::state::{Command, Outcome, Proposal, Refusal};
+use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
 use crate::dice::Dice;
 use crate::history::{History, ImageOp, Seen, Told, VmOp};
+use crate::member::{Ask, Became, Member};
 use crate::trace::Trace;
 use crate::world::{IMAGE, Running, image};
 
+/// Where VMs are.
+const VMS: &str = "/v1/projects/default/vms";
+/// How often a request with a key is asked.
+const TRIES_MAX: usize = 4;
 /// Most VMs of a client that are not deleted: all of them have room on two nodes.
 const VMS_MAX: usize = 3;
 
@@ -32,6 +38,12 @@ pub struct Client {
     pub dice: Dice,
     /// Its VMs are large and differ in priority, so that some make room for others.
     pub crowd: Option<Crowd>,
+    /// Idempotency keys that it has used.
+    pub keys: u64,
+}
+
+fn vm_path(name: &str) -> String {
+    format!("{VMS}/{name}")
 }
 
 /// What VMs are like where there is not room for all of them.
@@ -62,7 +74,7 @@ impl Crowd {
 }
 
 /// What became of a command.
-enum Became {
+enum Proposed {
     /// It was applied.
     Applied(Outcome),
     /// It was not.
@@ -73,6 +85,7 @@ enum Became {
 
 struct Owned {
     id: VmId,
+    name: String,
     generation: Option<u64>,
 }
 
@@ -85,19 +98,19 @@ impl Client {
             let pause = self.dice.millis(5..=250);
             tokio::time::sleep(pause).await;
             let nodes = self.running.all();
-            let Some((node, alive)) = self.dice.pick(&nodes) else { continue };
+            let Some(member) = self.dice.pick(&nodes) else { continue };
             match self.dice.within(0..=9) {
-                0..=4 => self.about_an_image(&node, &alive).await,
+                0..=4 => self.about_an_image(&member).await,
                 5 if vms.len() < VMS_MAX => {
                     made += 1;
-                    vms.extend(self.create(&node, &alive, made).await);
+                    vms.extend(self.create(&member, made).await);
                 }
                 _ => {
                     let last = vms.len().checked_sub(1);
                     let Some(last) = last else { continue };
                     let at = usize::try_from(self.dice.next()).unwrap_or(0) % (last + 1);
                     let Some(vm) = vms.get_mut(at) else { continue };
-                    if self.about_a_vm(&node, &alive, vm).await {
+                    if self.about_a_vm(&member, vm).await {
                         vms.remove(at);
                     }
                 }
@@ -105,62 +118,104 @@ impl Client {
         }
     }
 
-    async fn propose(&self, node: &Consensus, alive: &CancellationToken, command: Command) -> Became {
+    /// Asks for a change. Most requests have a key, and are repeated at other nodes when nobody knows what became of them.
+    async fn change(&mut self, first: &Member, mut ask: Ask) -> Became {
+        if self.dice.chance(700) {
+            self.keys += 1;
+            ask.key = Some(format!("{}-{}", self.number, self.keys));
+        }
+        let mut member = first.clone();
+        let mut unknown = false;
+        for _ in 0..TRIES_MAX {
+            match member.ask(ask.clone(), &self.trace).await {
+                // What was asked before may still be done: only its answer says that it was.
+                Became::Answered(status, _) if unknown && !status.is_success() => {}
+                answered @ Became::Answered(..) => return answered,
+                Became::Not => {}
+                Became::Unknown => unknown = true,
+            }
+            if ask.key.is_none() {
+                break;
+            }
+            let pause = self.dice.millis(5..=800);
+            tokio::time::sleep(pause).await;
+            let nodes = self.running.all();
+            member = self.dice.pick(&nodes).unwrap_or(member);
+        }
+        if unknown { Became::Unknown } else { Became::Not }
+    }
+
+    async fn propose(&self, member: &Member, command: Command) -> Proposed {
+        let node = &member.consensus;
         let proposal = Proposal { now_ms: node.clock().now_ms(), key: None, command };
         // A node that ends while it is asked does not answer.
-        match alive.run_until_cancelled(node.propose(proposal)).await {
-            Some(Ok((_, outcome))) if !alive.is_cancelled() => Became::Applied(outcome),
-            Some(Err(ProposeError::NotLeader { .. } | ProposeError::Level { .. })) => Became::Not,
-            _ => Became::Unknown,
+        match member.alive.run_until_cancelled(node.propose(proposal)).await {
+            Some(Ok((_, outcome))) if !member.alive.is_cancelled() => Proposed::Applied(outcome),
+            Some(Err(ProposeError::NotLeader { .. } | ProposeError::Level { .. })) => Proposed::Not,
+            _ => Proposed::Unknown,
         }
     }
 
-    /// The state, with everything in it that was answered before.
-    async fn linearize(&self, node: &Consensus, alive: &CancellationToken) -> bool {
-        matches!(alive.run_until_cancelled(node.linearize()).await, Some(Ok(()))) && !alive.is_cancelled()
-    }
-
-    async fn about_an_image(&mut self, node: &Consensus, alive: &CancellationToken) {
+    async fn about_an_image(&mut self, member: &Member) {
         let name = format!("r{}", self.dice.within(0..=2));
         let begin = self.history.moment();
         let what = self.dice.within(0..=9);
         let (known, op) = match what {
-            0..=4 => {
-                if !self.linearize(node, alive).await {
-                    return;
-                }
-                let found = node.replica().state().image(&name).map(|image| image.blob.size_bytes);
-                (true, ImageOp::Read(found))
-            }
+            0..=4 => match self.read_image(member, &name).await {
+                Some(found) => (true, ImageOp::Read(found)),
+                None => return,
+            },
             5..=8 => {
                 let content = 1000 * self.number + begin * 1_000_000;
-                match self.propose(node, alive, image(&name, content)).await {
-                    Became::Applied(Ok(_)) => (true, ImageOp::Put(content)),
-                    Became::Applied(Err(_)) | Became::Not => return,
-                    Became::Unknown => (false, ImageOp::Put(content)),
+                match self.propose(member, image(&name, content)).await {
+                    Proposed::Applied(Ok(_)) => (true, ImageOp::Put(content)),
+                    Proposed::Applied(Err(_)) | Proposed::Not => return,
+                    Proposed::Unknown => (false, ImageOp::Put(content)),
                 }
             }
-            _ => match self.propose(node, alive, Command::DeleteImage { name: name.clone() }).await {
-                Became::Applied(Ok(_)) => (true, ImageOp::Delete(Some(true))),
-                Became::Applied(Err(Refusal::NoImage(_))) => (true, ImageOp::Delete(Some(false))),
-                Became::Applied(Err(_)) | Became::Not => return,
-                Became::Unknown => (false, ImageOp::Delete(None)),
+            _ => match self.propose(member, Command::DeleteImage { name: name.clone() }).await {
+                Proposed::Applied(Ok(_)) => (true, ImageOp::Delete(Some(true))),
+                Proposed::Applied(Err(Refusal::NoImage(_))) => (true, ImageOp::Delete(Some(false))),
+                Proposed::Applied(Err(_)) | Proposed::Not => return,
+                Proposed::Unknown => (false, ImageOp::Delete(None)),
             },
         };
-        self.note(node, &name, known, &op);
+        self.note(member, &name, known, &op);
         self.history.image(&name, begin, known, op);
     }
 
-    fn note(&self, node: &Consensus, of: &str, known: bool, op: &dyn std::fmt::Debug) {
-        let answer = if known { "" } else { ", no answer" };
-        self.trace.note(format_args!("client {} at {}: {of} {op:?}{answer}", self.number, node.node()));
+    /// What the name of an image points to; `None` when the node cannot say.
+    async fn read_image(&self, member: &Member, name: &str) -> Option<Option<u64>> {
+        let became = member.ask(Ask::read(&format!("/v1/images/{name}")), &self.trace).await;
+        match became {
+            Became::Answered(StatusCode::NOT_FOUND, _) => Some(None),
+            found => Some(Some(found.body::<ImageView>(&self.trace)?.size_bytes)),
+        }
     }
 
-    async fn create(&mut self, node: &Consensus, alive: &CancellationToken, made: u64) -> Option<Owned> {
+    /// A VM; `None` when the node cannot say.
+    async fn read_vm(&self, member: &Member, name: &str) -> Option<Option<Seen>> {
+        let became = member.ask(Ask::read(&vm_path(name)), &self.trace).await;
+        match became {
+            Became::Answered(StatusCode::NOT_FOUND, _) => Some(None),
+            found => {
+                let vm = found.body::<VmView>(&self.trace)?;
+                Some(Some(Seen::new(vm.desired, vm.generation)))
+            }
+        }
+    }
+
+    fn note(&self, member: &Member, of: &str, known: bool, op: &dyn std::fmt::Debug) {
+        let answer = if known { "" } else { ", no answer" };
+        let at = member.consensus.node();
+        self.trace.note(format_args!("client {} at {at}: {of} {op:?}{answer}", self.number));
+    }
+
+    async fn create(&mut self, member: &Member, made: u64) -> Option<Owned> {
         let id = VmId::from_parts(1_795_000_000_000, u128::from(1000 * self.number + made));
         let restart = self.dice.chance(800);
         let again = self.dice.chance(500);
-        let spec = serde_json::json!({
+        let spec = json!({
             "image": IMAGE,
             "memory_mib": self.dice.pick(&[256, 512, 1024]),
             "placement": { "on_node_loss": if restart { "restart" } else { "wait" } },
@@ -177,131 +232,105 @@ impl Client {
         if let Some(crowd) = &mut self.crowd {
             crowd.change(&mut spec);
         }
-        let (target, victims) = {
-            let state = node.replica().state();
-            let request = Request {
-                project: "default",
-                size: cluster::size(&spec),
-                placement: &spec.placement,
-                image: None,
-                data: Data::Anywhere,
-                avoid: &[],
-                untold: false,
-            };
-            match place(state.view(), &request) {
-                Decision::Place { node, victims } => (node, victims),
-                Decision::Refused(_) => return None,
-            }
-        };
+        let name = format!("vm-{}-{made}", self.number);
         let begin = self.history.moment();
-        let command = Command::CreateVm {
-            id,
-            project: "default".into(),
-            name: format!("vm-{}-{made}", self.number),
-            spec: Box::new(spec),
-            node: target,
-            waits: !victims.is_empty(),
-        };
-        let became = self.propose(node, alive, command).await;
-        if matches!(became, Became::Applied(Ok(_))) {
-            self.preempt(node, alive, &victims).await;
-        }
+        let ask = Ask::new(Method::POST, VMS).with(json!({ "id": id, "name": name, "spec": spec }));
+        let became = self.change(member, ask).await;
         let (known, told) = self.told(became)?;
-        self.note(node, &id.to_string(), known, &VmOp::Create(told));
-        self.history.vm(id, begin, known, VmOp::Create(told));
-        Some(Owned { id, generation: None })
-    }
-
-    /// Asks these VMs to leave, once, as the API does.
-    async fn preempt(&self, node: &Consensus, alive: &CancellationToken, victims: &[VmId]) {
-        for id in victims {
-            let epoch = node.replica().state().vm(*id).map(|vm| vm.epoch);
-            let Some(epoch) = epoch else { continue };
-            let change = VmChange::Evict { why: Departure::Preempted, grace_ms: 0 };
-            self.trace.note(format_args!("client {}: {id} shall make room", self.number));
-            self.propose(node, alive, Command::Vm { id: *id, epoch, change }).await;
+        if matches!(told, Told::NoVm | Told::Leaving | Told::Generation(_)) {
+            self.trace.wrong(format_args!("{name} cannot be made: {told:?}"));
+            return None;
         }
+        self.note(member, &name, known, &VmOp::Create(told));
+        self.history.vm(id, &name, begin, known, VmOp::Create(told));
+        Some(Owned { id, name, generation: None })
     }
 
     /// What a change of a VM means for the history; `None` when it was not made.
     fn told(&self, became: Became) -> Option<(bool, Told)> {
-        let told = match became {
+        let told = match &became {
             Became::Not => return None,
             Became::Unknown => return Some((false, Told::Nothing)),
-            Became::Applied(Ok(Answer::Vm { vm, .. })) => Told::Vm(Seen::new(vm.desired, vm.generation)),
-            Became::Applied(Err(Refusal::NoVm)) => Told::NoVm,
-            Became::Applied(Err(Refusal::Leaving(_))) => Told::Leaving,
-            Became::Applied(Err(Refusal::Generation { now })) => Told::Generation(now),
-            // Room, names and the like: nothing was changed.
-            Became::Applied(_) => return None,
+            Became::Answered(StatusCode::NOT_FOUND, _) => Told::NoVm,
+            Became::Answered(StatusCode::CONFLICT, _) => Told::Leaving,
+            Became::Answered(StatusCode::PRECONDITION_FAILED, body) => {
+                let message = body.get("message").and_then(|message| message.as_str()).unwrap_or_default();
+                let now = message.rsplit(' ').next().and_then(|word| word.parse().ok());
+                if now.is_none() {
+                    self.trace.wrong(format_args!("no generation is told: {body}"));
+                }
+                Told::Generation(now?)
+            }
+            // No room, or a node that does not know the image yet: nothing was changed.
+            Became::Answered(status, _) if !status.is_success() => return None,
+            answered => {
+                let vm = answered.body::<VmView>(&self.trace)?;
+                Told::Vm(Seen::new(vm.desired, vm.generation))
+            }
         };
         Some((true, told))
     }
 
     /// Answers whether nothing more is to be asked about it.
-    async fn about_a_vm(&mut self, node: &Consensus, alive: &CancellationToken, vm: &mut Owned) -> bool {
+    async fn about_a_vm(&mut self, member: &Member, vm: &mut Owned) -> bool {
         let begin = self.history.moment();
         let what = self.dice.within(0..=9);
         let if_generation = vm.generation.filter(|_| self.dice.chance(500));
         let id = vm.id;
-        let op = match what {
+        // Either names it.
+        let word = if self.dice.chance(500) { vm.name.clone() } else { id.to_string() };
+        let path = vm_path(&word);
+        let verb = |verb| Ask { if_generation, ..Ask::new(Method::POST, format!("{path}:{verb}")) };
+        let (known, op) = match what {
             0..=4 => {
-                if !self.linearize(node, alive).await {
-                    return false;
-                }
-                let state = node.replica().state();
-                let seen = state.vm(id).map(|vm| (Seen::new(vm.desired, vm.generation), vm.generation));
-                vm.generation = seen.map(|(_, generation)| generation);
-                (true, VmOp::Read(seen.map(|(seen, _)| seen)))
+                let Some(seen) = self.read_vm(member, &word).await else { return false };
+                vm.generation = seen.map(Seen::generation);
+                (true, VmOp::Read(seen))
             }
             5..=6 => {
-                let became = self.propose(node, alive, Command::StartVm { id, if_generation }).await;
+                let became = self.change(member, verb("start")).await;
                 let Some((known, told)) = self.told(became) else { return false };
                 (known, VmOp::Start(if_generation, told))
             }
             7..=8 => {
-                let command = Command::StopVm { id, grace_ms: 0, if_generation };
-                let became = self.propose(node, alive, command).await;
+                let stop = verb("stop").with(json!({ "grace_ms": 0 }));
+                let became = self.change(member, stop).await;
                 let Some((known, told)) = self.told(became) else { return false };
                 (known, VmOp::Stop(if_generation, told))
             }
             _ => {
-                let command = Command::DeleteVm { id, force: true, if_generation: None };
-                let became = self.propose(node, alive, command).await;
+                let delete = Ask::new(Method::DELETE, format!("{path}?force=true"));
+                let became = self.change(member, delete).await;
                 let Some((known, told)) = self.told(became) else { return false };
                 (known, VmOp::Delete(told))
             }
         };
-        let (known, op) = op;
-        self.note(node, &id.to_string(), known, &op);
+        self.note(member, &vm.name, known, &op);
         let deleted = matches!(op, VmOp::Delete(_)) && known;
-        self.history.vm(id, begin, known, op);
+        self.history.vm(id, &vm.name, begin, known, op);
         deleted
     }
 
     /// What every node says of everything, at the end.
     pub async fn read_all(&self) {
-        for (node, alive) in self.running.all() {
-            let begin = self.history.moment();
-            if !self.linearize(&node, &alive).await {
-                self.trace
-                    .wrong(format_args!("{} cannot read although nothing is wrong any more", node.node()));
-                continue;
-            }
-            let (images, vms) = {
-                let state = node.replica().state();
-                let image = |name: &String| state.image(name).map(|image| image.blob.size_bytes);
-                let images: Vec<_> =
-                    (0..=2).map(|n| format!("r{n}")).map(|n| (n.clone(), image(&n))).collect();
-                let seen = |id: &VmId| state.vm(*id).map(|vm| Seen::new(vm.desired, vm.generation));
-                let vms: Vec<_> = self.history.vms().iter().map(|id| (*id, seen(id))).collect();
-                (images, vms)
+        for member in self.running.all() {
+            let cannot = || {
+                let node = member.consensus.node();
+                self.trace.wrong(format_args!("{node} cannot read although nothing is wrong any more"));
             };
-            for (name, found) in images {
-                self.history.image(&name, begin, true, ImageOp::Read(found));
+            for name in (0..=2).map(|n| format!("r{n}")) {
+                let begin = self.history.moment();
+                match self.read_image(&member, &name).await {
+                    Some(found) => self.history.image(&name, begin, true, ImageOp::Read(found)),
+                    None => return cannot(),
+                }
             }
-            for (id, found) in vms {
-                self.history.vm(id, begin, true, VmOp::Read(found));
+            for (id, name) in self.history.vms() {
+                let begin = self.history.moment();
+                match self.read_vm(&member, &name).await {
+                    Some(found) => self.history.vm(id, &name, begin, true, VmOp::Read(found)),
+                    None => return cannot(),
+                }
             }
         }
     }

@@ -9,6 +9,7 @@ use tokio::time::Instant;
 
 use crate::dice::Dice;
 use crate::disk::Mood;
+use crate::member::Member;
 use crate::world::World;
 
 /// A kind of fault.
@@ -198,7 +199,7 @@ impl Faults {
                 }
             }
             Kind::Transfer => {
-                if let Some((consensus, _)) = world.running.get(node) {
+                if let Some(Member { consensus, .. }) = world.running.get(node) {
                     let transfer = async move { consensus.transfer(other, Duration::from_millis(500)).await };
                     tokio::spawn(transfer);
                 }

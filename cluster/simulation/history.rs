@@ -119,7 +119,8 @@ impl Vm {
 }
 
 impl Seen {
-    fn generation(self) -> u64 {
+    /// How often it has changed.
+    pub fn generation(self) -> u64 {
         match self {
             Self::Running(generation) | Self::Stopped(generation) | Self::Gone(generation) => generation,
         }
@@ -154,7 +155,8 @@ impl Model for Vm {
 struct Inner {
     time: u64,
     images: BTreeMap<String, Vec<Call<ImageOp>>>,
-    vms: BTreeMap<VmId, Vec<Call<VmOp>>>,
+    /// With their names.
+    vms: BTreeMap<VmId, (String, Vec<Call<VmOp>>)>,
 }
 
 /// The history of one run. Clones are the same one.
@@ -180,14 +182,16 @@ impl History {
     }
 
     /// A request about a VM; `known` when its answer is.
-    pub fn vm(&self, vm: VmId, begin: u64, known: bool, op: VmOp) {
+    pub fn vm(&self, vm: VmId, name: &str, begin: u64, known: bool, op: VmOp) {
         let end = known.then(|| self.moment());
-        self.inner().vms.entry(vm).or_default().push(Call { begin, end, op });
+        let mut inner = self.inner();
+        let (_, calls) = inner.vms.entry(vm).or_insert_with(|| (name.to_owned(), Vec::new()));
+        calls.push(Call { begin, end, op });
     }
 
     /// All VMs that were asked for.
-    pub fn vms(&self) -> Vec<VmId> {
-        self.inner().vms.keys().copied().collect()
+    pub fn vms(&self) -> Vec<(VmId, String)> {
+        self.inner().vms.iter().map(|(vm, (name, _))| (*vm, name.clone())).collect()
     }
 
     /// What cannot be true, and how many answered requests were looked at.
@@ -199,13 +203,13 @@ impl History {
                 wrong.push(format!("what clients saw of image {name} is not linearizable: {calls:?}"));
             }
         }
-        for (vm, calls) in &inner.vms {
+        for (vm, (name, calls)) in &inner.vms {
             if !is_linearizable::<Vm>(None, calls) {
-                wrong.push(format!("what clients saw of VM {vm} is not linearizable: {calls:?}"));
+                wrong.push(format!("what clients saw of VM {name} ({vm}) is not linearizable: {calls:?}"));
             }
         }
         let images = inner.images.values().flatten().filter(|call| call.end.is_some()).count();
-        let vms = inner.vms.values().flatten().filter(|call| call.end.is_some()).count();
+        let vms = inner.vms.values().flat_map(|(_, calls)| calls).filter(|call| call.end.is_some()).count();
         (wrong, images + vms)
     }
 }

@@ -13,6 +13,7 @@ mod history;
 mod host;
 mod liar;
 mod linear;
+mod member;
 mod network;
 mod node;
 mod operator;

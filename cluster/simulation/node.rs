@@ -1,15 +1,19 @@
 //! One run of the process of a node: the parts that `blixard_node::node` puts together, on a simulated host. It ends without warning;
 //! what is left of it reaches neither disk nor network nor agent.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use blixard_node::api::{self, Api};
 use blixard_node::clock::{Clock, Time};
 use blixard_node::host::local::Local;
 use blixard_node::host::renew::Renewer;
 use blixard_node::host::sync::HostSync;
+use blixard_node::images::Importer;
 use blixard_node::images::blobs::BlobStore;
+use blixard_node::metrics::Metrics;
 use blixard_node::raft::peer::server::PeerServer;
 use blixard_node::raft::{Consensus, ConsensusError, ELECTION_TIMEOUT_MS, Opening};
 use blixard_node::state::NodeId;
@@ -18,6 +22,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::disk::Disk;
 use crate::host::Host;
+use crate::member::Member;
 use crate::network::{Network, Run};
 use crate::trace::Trace;
 
@@ -40,11 +45,9 @@ pub struct Machine {
 pub struct Node {
     /// Which.
     pub run: Run,
-    /// Its part in the cluster.
-    pub consensus: Consensus,
+    /// What it is for others.
+    pub member: Member,
     alive: Arc<AtomicBool>,
-    /// Cancelled when it ends.
-    pub stop: CancellationToken,
 }
 
 impl Node {
@@ -73,8 +76,9 @@ impl Node {
         };
         let consensus = Consensus::open(opening).await?;
         let stop = CancellationToken::new();
-        let blobs = BlobStore::open_at(folder)
-            .map_err(|error| ConsensusError::Raft { what: "use a folder", reason: error.to_string() })?;
+        let unusable =
+            |what, error: &dyn std::fmt::Display| ConsensusError::Raft { what, reason: error.to_string() };
+        let blobs = BlobStore::open_at(folder).map_err(|error| unusable("use a folder", &error))?;
         let peers = PeerServer::new(
             consensus.clone(),
             "simulation".into(),
@@ -94,6 +98,24 @@ impl Node {
         let agent = machine.host.link(Arc::clone(&alive));
         let renewer =
             Renewer { agent: Arc::clone(&agent), consensus: consensus.clone(), local: Arc::clone(&local) };
+        let metrics = Metrics::new("simulated");
+        let metrics = metrics.map_err(|error| unusable("count", &error))?;
+        // Nothing tells it to start anew, and nobody outside reaches it.
+        let (restart, _) = tokio::sync::watch::channel(None);
+        let api = api::router(Arc::new(Api {
+            consensus: consensus.clone(),
+            local: Arc::clone(&local),
+            agent: Arc::clone(&agent),
+            importer: Importer::new(blobs.clone(), folder.join("init")),
+            default_kernel: tokio::sync::Mutex::default(),
+            metrics,
+            node_name: format!("n{node}"),
+            tls: None,
+            folder: folder.to_owned(),
+            labels: BTreeMap::new(),
+            restart,
+            stop: stop.clone(),
+        }));
         let sync = HostSync { agent, consensus: consensus.clone(), blobs, local, resolvers: Vec::new() };
         tokio::spawn(sync.run(stop.clone()));
         tokio::spawn(consensus.clone().keep_members(stop.clone()));
@@ -101,15 +123,15 @@ impl Node {
         tokio::spawn(liveness::watch::beat(consensus.clone(), stop.clone()));
         tokio::spawn(liveness::watch::detect(consensus.clone(), stop.clone()));
         tokio::spawn(renewer.run(stop.clone()));
-        Ok(Self { run, consensus, alive, stop })
+        Ok(Self { run, member: Member { consensus, alive: stop, api }, alive })
     }
 
     /// Ends it at once. Without power (`dark`) nobody tells the others.
     pub fn kill(self, network: &Network, dark: bool) {
         self.alive.store(false, Ordering::SeqCst);
         network.end(self.run, dark);
-        self.stop.cancel();
+        self.member.alive.cancel();
         // Only so that nothing of it is left over.
-        tokio::spawn(self.consensus.shutdown());
+        tokio::spawn(self.member.consensus.shutdown());
     }
 }

@@ -2,11 +2,13 @@
 
 use std::time::Duration;
 
-use blixard_node::state::placement::NodeChange;
-use blixard_node::state::{Command, MemberCommand, NodeId, State};
+use axum::http::Method;
+use blixard_node::state::{NodeId, State};
+use serde_json::json;
 use tokio::time::Instant;
 
 use crate::dice::Dice;
+use crate::member::{Ask, Became};
 use crate::world::World;
 
 /// Most nodes that are not removed.
@@ -50,7 +52,7 @@ impl Operator {
         }
         let Some(action) = self.choose(&state) else { return };
         world.trace.note(format_args!("operator: {action:?}"));
-        self.take(world, action).await;
+        self.take(world, &state, action).await;
     }
 
     /// Undoes what keeps nodes from their work; answers whether nothing is left to be undone. To be called until then.
@@ -59,7 +61,7 @@ impl Operator {
         let Some(state) = self.follow(world).await else { return false };
         let kept = state.nodes().find(|node| node.cordoned || node.offer.drain_grace_ms.is_some());
         if let Some(node) = kept {
-            self.take(world, Action::Uncordon(node.id)).await;
+            self.take(world, &state, Action::Uncordon(node.id)).await;
         }
         kept.is_none() && self.leaving.is_empty()
     }
@@ -67,7 +69,7 @@ impl Operator {
     /// Takes note of who is a member, by the newest state that a node has: one that was removed is ended after a while, and one that was
     /// added starts, also when that was not answered.
     async fn follow(&mut self, world: &mut World) -> Option<State> {
-        let nodes = world.running.all().into_iter().map(|(node, _)| node);
+        let nodes = world.running.all().into_iter().map(|member| member.consensus);
         let newest = nodes.max_by_key(|node| node.replica().state().revision())?;
         let state = newest.replica().state().clone();
         for (node, place) in &mut world.places {
@@ -106,9 +108,8 @@ impl Operator {
         }
     }
 
-    async fn take(&mut self, world: &mut World, action: Action) {
-        let member = |command| Command::Member(Box::new(command));
-        let command = match action {
+    async fn take(&mut self, world: &mut World, state: &State, action: Action) {
+        let (method, node, verb, body) = match action {
             Action::Add => {
                 let added = tokio::time::timeout(ANSWER_MAX, world.admit()).await;
                 if let Ok(Ok(node)) = added {
@@ -116,16 +117,20 @@ impl Operator {
                 }
                 return;
             }
-            Action::Cordon(node) => member(MemberCommand::Cordon { node, cordoned: true }),
-            Action::Uncordon(node) => member(MemberCommand::Cordon { node, cordoned: false }),
-            Action::Remove(node) => member(MemberCommand::Remove { node }),
+            Action::Cordon(node) => (Method::POST, node, ":cordon", None),
+            Action::Uncordon(node) => (Method::POST, node, ":uncordon", None),
+            Action::Remove(node) => (Method::DELETE, node, "", None),
             Action::Drain(node) => {
                 let grace_ms = self.dice.pick(&[0, 300, 2_000]).unwrap_or(0);
-                Command::Node { node, change: NodeChange::Drain { grace_ms } }
+                (Method::POST, node, ":drain", Some(json!({ "grace_ms": grace_ms })))
             }
         };
-        let answer = tokio::time::timeout(ANSWER_MAX, world.propose(command)).await;
-        let answer = answer.map(|answer| answer.map(drop));
-        world.trace.note(format_args!("operator: {action:?}: {answer:?}"));
+        let Some((record, some)) = state.node(node).zip(world.some()) else { return };
+        let ask = Ask { body, ..Ask::new(method, format!("/v1/nodes/{}{verb}", record.name)) };
+        let answer = match tokio::time::timeout(ANSWER_MAX, some.ask(ask, &world.trace)).await {
+            Ok(Became::Answered(status, _)) => status.to_string(),
+            other => format!("{other:?}"),
+        };
+        world.trace.note(format_args!("operator: {action:?}: {answer}"));
     }
 }

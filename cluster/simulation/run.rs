@@ -118,6 +118,7 @@ async fn simulate(settings: Settings, folder: PathBuf) -> Outcome {
         history: history.clone(),
         trace: trace.clone(),
         dice,
+        keys: 0,
     };
     for number in 1..=CLIENTS {
         clients.spawn(client(number, dice.fork()).run(stop.clone()));

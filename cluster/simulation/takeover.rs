@@ -27,7 +27,7 @@ pub fn run(seed: u64, nodes: usize, leader: bool) -> Result<Duration, String> {
 }
 
 async fn measure(world: &mut World, leader: bool) -> Result<Duration, String> {
-    let (some, _) = world.running.all().into_iter().next().ok_or("no node runs")?;
+    let some = world.some().ok_or("no node runs")?.consensus;
     let leads = some.leader_id().ok_or("nobody leads")?;
     let mut others = world.places.keys().copied().filter(|node| *node != leads);
     let dies = if leader { leads } else { others.next_back().ok_or("there is no other node")? };

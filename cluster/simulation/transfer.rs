@@ -17,11 +17,11 @@ pub fn run(seed: u64) -> Result<bool, String> {
 }
 
 async fn transfer(world: &World) -> Result<bool, String> {
-    let (some, _) = world.running.all().into_iter().next().ok_or("no node runs")?;
+    let some = world.some().ok_or("no node runs")?.consensus;
     let leads = some.leader_id().ok_or("nobody leads")?;
     let mut others = world.places.keys().copied().filter(|node| *node != leads);
     let (to, third) = others.next().zip(others.next()).ok_or("there are no two others")?;
-    let (third, _) = world.running.get(third).ok_or("a node does not run")?;
+    let third = world.running.get(third).ok_or("a node does not run")?.consensus;
     let term = third.numbers().term;
     world.network.cut(leads, to, true);
     third.transfer(to, TIME).await.map_err(|reason| format!("not handed over: {reason}"))?;

@@ -9,20 +9,19 @@ use blixard_agent_api::{BlobRef, Digest};
 use blixard_api::image::ImageConfig;
 use blixard_netd_api::Subnet;
 use blixard_node::node::FEATURE_LEVEL;
-use blixard_node::raft::Consensus;
 use blixard_node::state::{
     Answer, Command, ImageRecord, JoinTokenRecord, KernelRecord, MemberCommand, NetworkRecord, NodeFacts,
     NodeId, Proposal,
 };
 use futures::FutureExt;
 use tokio::time::Instant;
-use tokio_util::sync::CancellationToken;
 
 use crate::census::Census;
 use crate::clock::HostClock;
 use crate::dice::Dice;
 use crate::disk::Disk;
 use crate::host::Host;
+use crate::member::Member;
 use crate::network::Network;
 use crate::node::{Machine, Node};
 use crate::trace::Trace;
@@ -54,20 +53,20 @@ pub struct Place {
 
 /// The nodes that run now, for clients.
 #[derive(Clone, Default)]
-pub struct Running(Arc<Mutex<BTreeMap<NodeId, (Consensus, CancellationToken)>>>);
+pub struct Running(Arc<Mutex<BTreeMap<NodeId, Member>>>);
 
 impl Running {
-    fn map(&self) -> MutexGuard<'_, BTreeMap<NodeId, (Consensus, CancellationToken)>> {
+    fn map(&self) -> MutexGuard<'_, BTreeMap<NodeId, Member>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// All of them.
-    pub fn all(&self) -> Vec<(Consensus, CancellationToken)> {
+    pub fn all(&self) -> Vec<Member> {
         self.map().values().cloned().collect()
     }
 
     /// The one with this number.
-    pub fn get(&self, node: NodeId) -> Option<(Consensus, CancellationToken)> {
+    pub fn get(&self, node: NodeId) -> Option<Member> {
         self.map().get(&node).cloned()
     }
 }
@@ -155,9 +154,10 @@ impl World {
         let started = Node::start(&place.machine, run, founder, &self.folder);
         match tokio::time::timeout(START_MAX, started).await {
             Ok(Ok(started)) => {
-                let (numbers, voters) = (started.consensus.numbers(), started.consensus.electorate());
+                let consensus = &started.member.consensus;
+                let (numbers, voters) = (consensus.numbers(), consensus.electorate());
                 self.trace.note(format_args!("{node} runs: {numbers:?}, {voters:?}"));
-                self.running.map().insert(node, (started.consensus.clone(), started.stop.clone()));
+                self.running.map().insert(node, started.member.clone());
                 place.node = Some(started);
             }
             Ok(Err(error)) if place.machine.disk.has_refused() => {
@@ -192,7 +192,7 @@ impl World {
         let mut ended = Vec::new();
         for (node, place) in &self.places {
             let Some(running) = &place.node else { continue };
-            if let Some(reason) = running.consensus.stopped().now_or_never() {
+            if let Some(reason) = running.member.consensus.stopped().now_or_never() {
                 ended.push(*node);
                 self.trace.note(format_args!("{node} stops: {reason}"));
                 if !place.machine.disk.has_refused() {
@@ -211,13 +211,18 @@ impl World {
         }
     }
 
+    /// Some member that runs.
+    pub fn some(&self) -> Option<Member> {
+        let mut members = self.places.iter().filter(|(_, place)| !place.removed);
+        members.find_map(|(node, _)| self.running.get(*node))
+    }
+
     /// Proposes through some node that runs.
     ///
     /// # Errors
     /// Why not.
     pub async fn propose(&self, command: Command) -> Result<Answer, String> {
-        let mut members = self.places.iter().filter(|(_, place)| !place.removed);
-        let (consensus, _) = members.find_map(|(node, _)| self.running.get(*node)).ok_or("no node runs")?;
+        let consensus = self.some().ok_or("no node runs")?.consensus;
         let proposal = Proposal { now_ms: consensus.clock().now_ms(), key: None, command };
         let (_, outcome) = consensus.propose(proposal).await.map_err(|error| error.to_string())?;
         outcome.map_err(|refusal| refusal.to_string())
@@ -230,7 +235,7 @@ impl World {
     pub async fn found(&mut self) -> Result<(), String> {
         self.add_place(1, 0);
         self.start(1, true).await;
-        let (consensus, _) = self.running.get(1).ok_or("the first node does not run")?;
+        let consensus = self.running.get(1).ok_or("the first node does not run")?.consensus;
         consensus.recovered().await.map_err(|error| error.to_string())?;
         let subnet = |gateway: &str, prefix| {
             Ok::<_, String>(Subnet { gateway: gateway.parse().map_err(|_| "an address")?, prefix })
@@ -288,7 +293,8 @@ impl World {
         let Answer::Node(record) = self.propose(Command::Member(Box::new(join))).await? else {
             return Err("no node is answered".into());
         };
-        let newest = self.running.all().into_iter().map(|(node, _)| node.replica().state().revision()).max();
+        let newest =
+            self.running.all().into_iter().map(|member| member.consensus.replica().state().revision()).max();
         self.add_place(record.id, newest.unwrap_or(0));
         Ok(record.id)
     }
@@ -297,8 +303,8 @@ impl World {
     pub async fn formed(&mut self) {
         let until = Instant::now() + START_MAX * u32::try_from(self.places.len() / 25 + 1).unwrap_or(1);
         loop {
-            let (consensus, _) = match self.running.all().into_iter().next() {
-                Some(first) => first,
+            let consensus = match self.running.all().into_iter().next() {
+                Some(first) => first.consensus,
                 None => return self.trace.wrong("nobody runs"),
             };
             let nodes = self.places.len();

@@ -161,6 +161,13 @@ fn any_node_passes_on_to_the_node_of_a_vm_and_says_when_it_cannot() {
     File::options().append(true).open(&path).unwrap().write_all(b"three\n").unwrap();
     assert_eq!(read_chunk(&mut follow).unwrap(), b"three\n");
 
+    // A node that is removed is cut off from what it has passed on.
+    let mut through_two = upgraded(&nodes[1], "console");
+    assert_eq!(nodes[0].ask("DELETE", "/v1/nodes/two", &[], b"").status, 200);
+    let mut rest = Vec::new();
+    through_two.read_to_end(&mut rest).ok();
+    assert_eq!(nodes[1].get("/v1/version").status, 200, "it has not ended itself");
+
     nodes[2].kill();
     let mut rest = Vec::new();
     follow.read_to_end(&mut rest).unwrap();

@@ -18,7 +18,8 @@ use serde::{Deserialize, Serialize};
 /// | 422 | `validation_error` |
 /// | 429 | `too_many_requests` |
 /// | 500 | `internal` |
-/// | 503 | `unavailable` (no leader, no agent) |
+/// | 503 | `unavailable` (no leader, no agent): nothing was done |
+/// | 503 | `outcome_unknown`: it may have been done; with an idempotency key, asking again does it once |
 /// | 507 | `no_capacity` |
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 #[error("{message}")]

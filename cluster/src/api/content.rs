@@ -232,6 +232,8 @@ impl Api {
             return Ok(());
         }
         let _one = self.default_kernel.lock().await;
+        // It may be there, and this node not know it yet.
+        self.catch_up().await?;
         if known() {
             return Ok(());
         }

@@ -127,6 +127,11 @@ impl Failure {
         Self::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable", message).retryable()
     }
 
+    /// 503: it may have been done, or may still be.
+    pub fn unknown(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, "outcome_unknown", message).retryable()
+    }
+
     /// 507: there is not as much.
     pub fn no_capacity(message: impl Into<String>) -> Self {
         Self::new(StatusCode::INSUFFICIENT_STORAGE, "no_capacity", message)
@@ -148,18 +153,18 @@ impl IntoResponse for Failure {
 
 impl From<ProposeError> for Failure {
     fn from(error: ProposeError) -> Self {
-        let failure = Self::unavailable(error.to_string());
+        let text = error.to_string();
         match error {
             ProposeError::NotLeader { .. } => {
-                failure.suggest("try again; blixard cluster status shows who leads")
+                Self::unavailable(text).suggest("try again; blixard cluster status shows who leads")
             }
             ProposeError::Unknown(_) | ProposeError::Discarded => {
-                failure.suggest("try again: repeating the request does it once")
+                Self::unknown(text).suggest("try again: repeating the request does it once")
             }
-            ProposeError::Level { .. } => Self::conflict(error.to_string())
+            ProposeError::Level { .. } => Self::conflict(text)
                 .suggest("install the new version on all nodes, then: blixard cluster raise-level"),
             ProposeError::Stopped(_) => {
-                failure.suggest("look at the log of blixard-node; its disk may be full")
+                Self::unknown(text).suggest("look at the log of blixard-node; its disk may be full")
             }
         }
     }

@@ -33,7 +33,7 @@ const TAIL_BYTES_MAX: u64 = 64 << 20;
 /// # Errors
 /// 404, 422, 503 without agent, or when its node cannot be reached.
 pub async fn logs(api: Shared, project: &str, name: &str, request: Request) -> Result<Response, Failure> {
-    let vm = api.find(project, name)?;
+    let vm = api.find_newest(project, name).await?;
     match api.elsewhere(&vm) {
         Some(node) => api.pass_on(node, request).await,
         None => here(api, vm.id, request.uri()).await,

@@ -16,7 +16,7 @@ use crate::auth::{random_hex, sha256_hex};
 use crate::host::chain;
 use crate::scheduler::Size;
 use crate::state::{
-    Answer, ApiTokenRecord, Command, JoinTokenRecord, MemberCommand, NodeRecord, NodeStatus,
+    Answer, ApiTokenRecord, Command, JoinTokenRecord, MemberCommand, NodeId, NodeRecord, NodeStatus,
     State as ClusterState,
 };
 
@@ -65,7 +65,7 @@ pub async fn act(
         "uncordon" => false,
         other => return super::placement::operate(&api, name, other, &parts, &bytes).await,
     };
-    let node = api.node_id(name)?;
+    let node = api.node_id(name).await?;
     api.change_node(MemberCommand::Cordon { node, cordoned }).await
 }
 
@@ -76,14 +76,19 @@ pub async fn delete(
     uri: Uri,
 ) -> Result<Response, Failure> {
     Parameters::of(&uri, &[])?;
-    let node = api.node_id(&name)?;
+    let node = api.node_id(&name).await?;
     api.change_node(MemberCommand::Remove { node }).await
 }
 
 impl Api {
-    fn node_id(&self, name: &str) -> Result<u64, Failure> {
-        let state = self.consensus.replica().state();
-        state.node_named(name).map(|node| node.id).ok_or_else(|| no_node(name))
+    /// The number of the node with this name, which this node may not know yet.
+    pub(super) async fn node_id(&self, name: &str) -> Result<NodeId, Failure> {
+        let known = || self.consensus.replica().state().node_named(name).map(|node| node.id);
+        if let Some(node) = known() {
+            return Ok(node);
+        }
+        self.catch_up().await?;
+        known().ok_or_else(|| no_node(name))
     }
 
     async fn change_node(&self, command: MemberCommand) -> Result<Response, Failure> {

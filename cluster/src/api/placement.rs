@@ -87,7 +87,8 @@ impl Api {
         }
     }
 
-    /// The node for a VM. When none has room, one that has just started may have: it is waited for until it has told.
+    /// The node for a VM. When none has room by what this node knows, it asks the leader whether that is still so. A node that has just
+    /// started may have room: it is waited for until it has told.
     async fn choose(
         &self,
         project: &str,
@@ -96,6 +97,7 @@ impl Api {
         let told = tokio::time::sleep(TELL_MAX);
         tokio::pin!(told);
         let mut revisions = self.consensus.replica().revisions();
+        let mut caught_up = false;
         loop {
             revisions.mark_unchanged();
             let plan = self.planning(spec);
@@ -103,10 +105,16 @@ impl Api {
                 Decision::Place { node, victims } => return Ok((node, victims)),
                 Decision::Refused(why) => why,
             };
+            if !caught_up {
+                self.catch_up().await?;
+                caught_up = true;
+                continue;
+            }
             if !why.refused.contains_key(&Reason::Untold) {
                 return Err(no_room(&why, spec));
             }
             tokio::select! {
+                biased;
                 changed = revisions.changed() => if changed.is_err() {
                     return Err(Failure::unavailable("this node is stopping"));
                 },
@@ -245,8 +253,7 @@ async fn change(
     change: NodeChange,
 ) -> Result<Response, Failure> {
     let key = mutate::key(parts, bytes)?;
-    let node = api.consensus.replica().state().node_named(name).map(|node| node.id);
-    let node = node.ok_or_else(|| no_node(name))?;
+    let node = api.node_id(name).await?;
     let (revision, _) = api.propose(key, Command::Node { node, change }).await?;
     let state = api.consensus.replica().state();
     let node = state.node(node).ok_or_else(|| no_node(name))?;

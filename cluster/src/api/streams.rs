@@ -43,7 +43,7 @@ pub async fn open(
     kind: Kind,
 ) -> Result<Response, Failure> {
     check(&request)?;
-    let vm = api.find(project, name)?;
+    let vm = api.find_newest(project, name).await?;
     match api.elsewhere(&vm) {
         Some(node) => api.pass_on(node, request).await,
         None => here(api, vm.id, request, kind).await,

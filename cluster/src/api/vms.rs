@@ -16,7 +16,7 @@ use super::view::view;
 use super::{Api, Shared, answer, body, logs, mutate, streams, validate, wait};
 use crate::state::apply::DEFAULT_KERNEL;
 use crate::state::records::labels_match;
-use crate::state::{Answer, Command, VmRecord};
+use crate::state::{Answer, Command, Key, Refusal, VmRecord};
 
 /// Shortest prefix of an id that names a VM.
 const PREFIX_MIN: usize = 4;
@@ -37,8 +37,17 @@ pub async fn create(
     if let Some((revision, kept)) = api.recall(key.as_ref())? {
         return api.vm_answer(revision, kept);
     }
-    let parsed: body::Parsed<CreateVm> = body::parse(&bytes)?;
-    let wanted = api.check(&project, parsed)?;
+    let wanted = match api.check(&project, body::parse(&bytes)?) {
+        // An image may just have been named, or a larger node have joined, through another node.
+        Err(failure)
+            if failure.status == StatusCode::INSUFFICIENT_STORAGE
+                || failure.body.details.iter().any(|detail| detail.code == "not_found") =>
+        {
+            api.catch_up().await?;
+            api.check(&project, body::parse(&bytes)?)?
+        }
+        checked => checked?,
+    };
     if dry_run {
         let revision = api.consensus.replica().state().revision();
         return Ok(answer(StatusCode::OK, revision, &api.explain(&project, &wanted.spec)));
@@ -179,11 +188,15 @@ async fn start(api: &Api, project: &str, name: &str, request: Request) -> Result
     if let Some((revision, kept)) = kept {
         return api.vm_answer(revision, kept);
     }
-    let before = api.find(project, name)?;
-    let command = Command::StartVm { id: before.id, if_generation: mutate::if_match(&parts.headers)? };
-    let (revision, done) = api.propose(key, command).await?;
+    let if_generation = mutate::if_match(&parts.headers)?;
+    let mut start_before = None;
+    let command = |vm: &VmRecord| {
+        start_before = Some(vm.start);
+        Command::StartVm { id: vm.id, if_generation }
+    };
+    let (revision, done) = api.change_vm(key, project, name, command).await?;
     if let Answer::Vm { vm, .. } = &done
-        && vm.start > before.start
+        && start_before.is_some_and(|before| vm.start > before)
     {
         api.local.requested(vm.id, vm.start, request_us);
     }
@@ -207,10 +220,9 @@ async fn stop(api: &Api, project: &str, name: &str, request: Request) -> Result<
         let text = format!("0 to {GRACE_MS_MAX} milliseconds are possible");
         return Err(Failure::field("grace_ms", "out_of_range", text));
     }
-    let id = api.find(project, name)?.id;
     let if_generation = mutate::if_match(&parts.headers)?;
-    let command = Command::StopVm { id, grace_ms: wanted.grace_ms, if_generation };
-    let (revision, done) = api.propose(key, command).await?;
+    let command = |vm: &VmRecord| Command::StopVm { id: vm.id, grace_ms: wanted.grace_ms, if_generation };
+    let (revision, done) = api.change_vm(key, project, name, command).await?;
     api.vm_answer(revision, done)
 }
 
@@ -225,7 +237,7 @@ async fn begin(
     parts: &Parts,
     content: Body,
     read: impl FnOnce(&[u8]) -> Result<(), Failure>,
-) -> Result<(Option<crate::state::Key>, Option<(u64, Answer)>), Failure> {
+) -> Result<(Option<Key>, Option<(u64, Answer)>), Failure> {
     Parameters::of(&parts.uri, &[])?;
     let bytes = body::read(&parts.headers, content).await?;
     read(&bytes)?;
@@ -246,9 +258,9 @@ pub async fn delete(
     let (revision, done) = match api.recall(key.as_ref())? {
         Some(kept) => kept,
         None => {
-            let id = api.find(&project, &name)?.id;
             let if_generation = mutate::if_match(&parts.headers)?;
-            api.propose(key, Command::DeleteVm { id, force, if_generation }).await?
+            let command = |vm: &VmRecord| Command::DeleteVm { id: vm.id, force, if_generation };
+            api.change_vm(key, &project, &name, command).await?
         }
     };
     let mut response = api.vm_answer(revision, done)?;
@@ -285,6 +297,52 @@ impl Api {
                 Err(Failure::conflict(text).suggest("give more characters, or the name"))
             }
             (None, _) => Err(no_vm(name)),
+        }
+    }
+
+    /// The same, but what this node does not know it asks the leader for: a VM that was just made through another node is found.
+    ///
+    /// # Errors
+    /// 404 when there is none, 409 when the prefix names several, 503 when no leader says so.
+    pub async fn find_newest(&self, project: &str, name: &str) -> Result<Arc<VmRecord>, Failure> {
+        match self.find(project, name) {
+            Err(failure) if failure.status == StatusCode::NOT_FOUND => {
+                self.catch_up().await?;
+                self.find(project, name)
+            }
+            found => found,
+        }
+    }
+
+    /// Proposes a change of the VM with this name. Whether it is there is what the whole cluster knows, not only this node.
+    ///
+    /// # Errors
+    /// As [`Self::find_newest`] and [`Self::propose`].
+    async fn change_vm(
+        &self,
+        key: Option<Key>,
+        project: &str,
+        name: &str,
+        mut command: impl FnMut(&VmRecord) -> Command,
+    ) -> Result<(u64, Answer), Failure> {
+        let mut caught_up = false;
+        loop {
+            match self.find(project, name) {
+                Ok(vm) => match self.propose_raw(key.clone(), command(&vm)).await? {
+                    // This node has applied that, so it knows by now which VM has the name.
+                    (_, Err(Refusal::NoVm)) if !caught_up => {}
+                    (revision, outcome) => return Ok((revision, outcome?)),
+                },
+                Err(failure) if failure.status == StatusCode::NOT_FOUND && !caught_up => {
+                    self.catch_up().await?;
+                    // What took the name away may have been this request, asked before.
+                    if let Some(kept) = self.recall(key.as_ref())? {
+                        return Ok(kept);
+                    }
+                }
+                Err(failure) => return Err(failure),
+            }
+            caught_up = true;
         }
     }
 

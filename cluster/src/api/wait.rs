@@ -79,6 +79,17 @@ fn met(conditions: &[Condition], vm: &VmRecord) -> bool {
 }
 
 impl Api {
+    /// Waits until this node knows all that was acknowledged anywhere before.
+    ///
+    /// # Errors
+    /// 503 when no leader confirms it.
+    pub async fn catch_up(&self) -> Result<(), Failure> {
+        self.consensus.linearize().await.map_err(|error| {
+            Failure::unavailable(error.to_string())
+                .suggest("try again; blixard cluster status shows who leads")
+        })
+    }
+
     /// Waits until this node knows what the request asks for: a revision, or with `linearizable` all that was acknowledged
     /// anywhere before the request came.
     ///
@@ -86,7 +97,7 @@ impl Api {
     /// 408, or 503 when no leader confirms it.
     pub async fn at_least(&self, parameters: &Parameters) -> Result<(), Failure> {
         if parameters.flag("linearizable")? {
-            self.consensus.linearize().await?;
+            self.catch_up().await?;
         }
         let Some(wanted) = parameters.number("min_revision", 0, u64::MAX)? else { return Ok(()) };
         let timeout = parameters.number("timeout_ms", 0, WAIT_MS_MAX)?.unwrap_or(REVISION_WAIT_MS);
@@ -116,6 +127,7 @@ impl Api {
                 Some(vm) => vm.observed.phase,
             };
             tokio::select! {
+                biased;
                 changed = revisions.changed() => if changed.is_err() {
                     return Err(Failure::unavailable("this node is stopping"));
                 },

@@ -3,14 +3,16 @@
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use futures::{FutureExt, StreamExt, stream};
 use openraft::Snapshot;
-use tokio::io::AsyncWriteExt;
-use tokio::sync::{Semaphore, mpsc};
-use tokio_util::sync::CancellationToken;
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
 use super::call::{CALLS_MAX, Proposed, Question, ReadIndex};
 use super::frame::{self, Frame, Kind};
@@ -122,11 +124,29 @@ impl PeerServer {
                 content::serve(&mut stream, &first.content, &self.blobs).await?;
                 stream.shutdown().await
             }
-            Kind::Requests => {
-                let taken = self.requests.send(Box::new(stream)).await;
-                taken.map_err(|_| io::Error::new(io::ErrorKind::BrokenPipe, "no request is taken"))
-            }
+            Kind::Requests => self.requests(stream, node).await,
             other => Err(io::Error::new(io::ErrorKind::InvalidData, format!("it begins with {other:?}"))),
+        }
+    }
+
+    /// Passes a connection with requests of users on. It breaks when the member is removed, however long a stream over it goes on.
+    async fn requests(&self, stream: impl Stream, node: NodeId) -> io::Result<()> {
+        let (open, mut closed) = oneshot::channel();
+        let removed = CancellationToken::new();
+        let _breaks = removed.clone().drop_guard();
+        let stream = OfMember { stream, removed: Box::pin(removed.cancelled_owned()), _open: open };
+        let taken = self.requests.send(Box::new(stream)).await;
+        taken.map_err(|_| io::Error::new(io::ErrorKind::BrokenPipe, "no request is taken"))?;
+        let mut revisions = self.consensus.replica().revisions();
+        loop {
+            revisions.mark_unchanged();
+            self.check_member(node)?;
+            tokio::select! {
+                biased;
+                // The sender is only ever dropped.
+                _ = &mut closed => return Ok(()),
+                changed = revisions.changed() => if changed.is_err() { return Ok(()) },
+            }
         }
     }
 
@@ -312,6 +332,54 @@ impl PeerServer {
         };
         frame::write(&mut stream, Kind::SnapshotEnd, 0, &serde_json::to_vec(&answer)?).await?;
         stream.shutdown().await
+    }
+}
+
+/// A connection of a member with requests of users, which breaks once the member is removed.
+struct OfMember<S> {
+    stream: S,
+    removed: Pin<Box<WaitForCancellationFutureOwned>>,
+    /// Dropped with the connection.
+    _open: oneshot::Sender<()>,
+}
+
+impl<S> OfMember<S> {
+    fn check(&mut self, context: &mut Context<'_>) -> io::Result<()> {
+        match self.removed.as_mut().poll(context) {
+            Poll::Pending => Ok(()),
+            Poll::Ready(()) => Err(io::Error::new(io::ErrorKind::ConnectionAborted, "its node was removed")),
+        }
+    }
+}
+
+impl<S: Stream> AsyncRead for OfMember<S> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        into: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        self.check(context)?;
+        Pin::new(&mut self.stream).poll_read(context, into)
+    }
+}
+
+impl<S: Stream> AsyncWrite for OfMember<S> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        self.check(context)?;
+        Pin::new(&mut self.stream).poll_write(context, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.check(context)?;
+        Pin::new(&mut self.stream).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(context)
     }
 }
 
