@@ -165,7 +165,7 @@ fn any_node_passes_on_to_the_node_of_a_vm_and_says_when_it_cannot() {
     let mut through_two = upgraded(&nodes[1], "console");
     assert_eq!(nodes[0].ask("DELETE", "/v1/nodes/two", &[], b"").status, 200);
     let mut rest = Vec::new();
-    through_two.read_to_end(&mut rest).ok();
+    through_two.read_to_end(&mut rest).unwrap();
     assert_eq!(nodes[1].get("/v1/version").status, 200, "it has not ended itself");
 
     nodes[2].kill();
