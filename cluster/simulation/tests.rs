@@ -54,7 +54,7 @@ fn whatever_fails_nothing_acknowledged_is_lost_no_vm_runs_twice_and_all_comes_to
 }
 
 /// Seeds that found a mistake, with what it was. The mistake is mended; the run has changed with the program since.
-const FOUND: [(u64, &str); 10] = [
+const FOUND: [(u64, &str); 11] = [
     (12, "a leader that was restarted led on in its term and answered reads without what was agreed"),
     (
         2,
@@ -79,6 +79,7 @@ const FOUND: [(u64, &str); 10] = [
         "a voter said that it answers a node no more, restarted with an older state and answered it: its VM ran twice",
     ),
     (3, "a node that lagged said that there is no such VM, which another one had acknowledged"),
+    (806_782, "a VM was refused because the node that was chosen for it had been removed meanwhile"),
     (302_213, "a node that had just joined got VMs before it had told what it has, more than that"),
 ];
 

@@ -46,7 +46,7 @@ impl Api {
         }
     }
 
-    /// Makes a VM on the best node that takes it. A node that was taken meanwhile leads to another one.
+    /// Makes a VM on the best node that takes it. A node that was filled or removed meanwhile leads to another one.
     ///
     /// # Errors
     /// 507 with the number of nodes that each constraint refused; what the state refuses.
@@ -77,7 +77,8 @@ impl Api {
             };
             let done = self.propose_raw(key.clone(), command).await?;
             match done {
-                (_, Err(Refusal::NoRoom { .. })) if tries < TRIES_MAX => {}
+                // The node was filled or removed meanwhile, which this node has heard of by now.
+                (_, Err(Refusal::NoRoom { .. } | Refusal::NoNode(_))) if tries < TRIES_MAX => {}
                 (revision, outcome) => {
                     let answer = outcome?;
                     self.preempt(&victims, spec.placement.preemption.grace_ms).await;
