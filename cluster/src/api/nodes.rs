@@ -132,8 +132,9 @@ impl Api {
         }
     }
 
-    /// What a new token says about the cluster.
-    fn access(&self, secret: String) -> Result<Access, Failure> {
+    /// What a new token says about the cluster: by what all know, since one that names an authority of before would be refused.
+    async fn access(&self, secret: String) -> Result<Access, Failure> {
+        self.catch_up().await?;
         let state = self.consensus.replica().state();
         let trust = state.trust().ok_or_else(|| {
             Failure::conflict("no other host can reach this node yet")
@@ -170,7 +171,7 @@ pub async fn create_join_token(State(api): State<Shared>, request: Request) -> R
         ));
     }
     let secret = random_hex().map_err(|error| Failure::internal(chain(&error)))?;
-    let access = api.access(secret)?;
+    let access = api.access(secret).await?;
     let now = api.consensus.clock().now_ms();
     let record = JoinTokenRecord {
         sha256: sha256_hex(access.secret.as_bytes()),
@@ -205,7 +206,7 @@ pub async fn create_api_token(State(api): State<Shared>, request: Request) -> Re
     let name = wanted.name.ok_or_else(|| Failure::field("name", "required", "is needed"))?;
     check_name(&name, false).map_err(|form| Failure::field("name", "bad_format", form))?;
     let secret = random_hex().map_err(|error| Failure::internal(chain(&error)))?;
-    let access = api.access(secret)?;
+    let access = api.access(secret).await?;
     let now = api.consensus.clock().now_ms();
     let record = ApiTokenRecord {
         name: name.clone(),
