@@ -2,6 +2,7 @@
 //! those.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::time::Duration;
 
 use blixard_node::state::NodeId;
@@ -62,7 +63,6 @@ enum Repair {
     Open(Vec<(NodeId, NodeId)>),
     Quick(NodeId, NodeId),
     Disk(NodeId),
-    Agent(NodeId),
 }
 
 /// Faults of one run.
@@ -100,11 +100,6 @@ impl Faults {
             Repair::Disk(node) => {
                 if let Some(place) = world.places.get(&node) {
                     place.machine.disk.set_mood(Mood::Good);
-                }
-            }
-            Repair::Agent(node) => {
-                if let Some(place) = world.places.get(&node).filter(|place| place.powered) {
-                    place.machine.host.begin_agent();
                 }
             }
         }
@@ -194,8 +189,13 @@ impl Faults {
             }
             Kind::Agent => {
                 if let Some(place) = world.places.get(&node).filter(|place| place.powered) {
-                    place.machine.host.end_agent();
-                    self.later(10, 80, Repair::Agent(node));
+                    let (host, back) = (Arc::clone(&place.machine.host), self.dice.millis(10..=80));
+                    host.end_agent();
+                    // By itself, whatever else is waited for here: a lease may end meanwhile.
+                    tokio::spawn(async move {
+                        tokio::time::sleep(back).await;
+                        host.restart_agent();
+                    });
                 }
             }
             Kind::Transfer => {

@@ -138,8 +138,19 @@ impl Host {
         self.changed.send_modify(|revision| *revision += 1);
     }
 
+    /// The agent is started again, if its host has power and nothing else did so.
+    pub fn restart_agent(&self) {
+        let table = self.table();
+        let due = table.powered && !table.agent_runs;
+        drop(table);
+        if due {
+            self.trace.note(format_args!("the agent of {} is back", self.node));
+            self.begin_agent();
+        }
+    }
+
     /// The agent runs again, with what it had stored.
-    pub fn begin_agent(&self) {
+    fn begin_agent(&self) {
         let mut table = self.table();
         table.instance = table.dice.next() >> 1;
         table.revision = 1;
