@@ -14,7 +14,7 @@ uptime() { $limit blixard exec steady cut -d. -f1 /proc/uptime; }
 sh "$3/install.sh" "$1"
 release=$(ls /lib/modules | grep cloud | head -n 1)
 until blixard ps >/dev/null 2>&1; do
-    [ "$(systemctl show -p NRestarts --value blixard-node.service)" -lt 20 ] || fail "the node does not start"
+    [ "$(systemctl show -p NRestarts --value blixard-node.service)" -lt 5 ] || fail "the node does not start"
     sleep 0.2
 done
 blixard kernel import --name default --kernel "/boot/vmlinuz-$release" --modules "/lib/modules/$release"
