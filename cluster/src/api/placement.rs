@@ -61,12 +61,7 @@ impl Api {
         let mut tries = 0;
         loop {
             tries += 1;
-            // A repetition is answered whatever room there is now.
-            let known = self.consensus.replica().state().vm(id).map(|vm| vm.node);
-            let (node, victims) = match known {
-                Some(node) => (node, Vec::new()),
-                None => self.choose(&project, &spec).await?,
-            };
+            let (node, victims) = self.choose(id, &project, &spec).await?;
             let command = Command::CreateVm {
                 id,
                 project: project.clone(),
@@ -92,6 +87,7 @@ impl Api {
     /// started may have room: it is waited for until it has told.
     async fn choose(
         &self,
+        id: blixard_api::VmId,
         project: &str,
         spec: &VmSpec,
     ) -> Result<(NodeId, Vec<blixard_api::VmId>), Failure> {
@@ -101,6 +97,10 @@ impl Api {
         let mut caught_up = false;
         loop {
             revisions.mark_unchanged();
+            // A repetition is answered whatever room there is now.
+            if let Some(node) = self.consensus.replica().state().vm(id).map(|vm| vm.node) {
+                return Ok((node, Vec::new()));
+            }
             let plan = self.planning(spec);
             let why = match scheduler::place(&plan.view, &request(project, spec, &plan)) {
                 Decision::Place { node, victims } => return Ok((node, victims)),

@@ -44,6 +44,10 @@ pub async fn create(
                 || failure.body.details.iter().any(|detail| detail.code == "not_found") =>
         {
             api.catch_up().await?;
+            // This request, asked before, may have been done when the image was still there.
+            if let Some((revision, kept)) = api.recall(key.as_ref())? {
+                return api.vm_answer(revision, kept);
+            }
             api.check(&project, body::parse(&bytes)?)?
         }
         checked => checked?,
