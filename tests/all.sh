@@ -26,16 +26,18 @@ to_hosts() {
 
 programs=$PWD/target/programs
 mkdir -p "$programs/next"
-if [ "$only" != unit ]; then
-    # A node that knows one feature level more, to upgrade to. Before the one that takes its place in the target folder.
-    $cargo build --workspace --bin blixard-node --features blixard-node/test-next-level
-    to_hosts "$bin/blixard-node" "$programs/next"
-fi
 # Init goes into every guest's memory: the small one.
 $cargo build --workspace --bins
 $cargo build --release -p blixard-init
 for program in blixard blixard-agent blixard-netd blixard-node blixard-vmm; do to_hosts "$bin/$program" "$programs"; done
 cp -f "target/$target/release/blixard-init" "$programs/"
+# A node that knows one feature level more, to upgrade to: `knows_next_level` in cluster/src/node.rs.
+LC_ALL=C sed 's/blixard-node-test-feature-level+0/blixard-node-test-feature-level+1/' "$programs/blixard-node" >"$programs/next/blixard-node"
+chmod 755 "$programs/next/blixard-node"
+if cmp -s "$programs/blixard-node" "$programs/next/blixard-node"; then
+    echo "blixard-node has no mark of its feature level" >&2
+    exit 1
+fi
 
 if [ "$only" = all ] || [ "$only" = unit ]; then
     say "unit and property tests; small guests on /dev/kvm"

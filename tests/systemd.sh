@@ -21,11 +21,11 @@ blixard kernel import --name default --kernel "/boot/vmlinuz-$release" --modules
 blixard image import "$2/busybox.tar" --name busybox
 $limit blixard run -d --wait ready --timeout 50s --name steady busybox sleep 100000 || fail "no VM"
 before=$(uptime) || fail "exec: $?"
-for service in netd agent node; do
+for service in netd agent guard node; do
     $limit systemctl restart "blixard-$service.service" || fail "restart of $service: $?"
     systemctl kill -s KILL "blixard-$service.service"
     for _ in $(seq 150); do
-        now=$(uptime 2>/tmp/why) && break
+        systemctl is-active -q "blixard-$service.service" && now=$(uptime 2>/tmp/why) && break
         [ $? != 124 ] || fail "exec after the death of $service does not end"
         sleep 0.2
     done
@@ -34,5 +34,5 @@ for service in netd agent node; do
     before=$now
 done
 $limit blixard rm -f steady || fail "rm"
-$limit systemctl stop blixard-node.service blixard-agent.service blixard-netd.service blixard-netd.socket
-echo "systemd: a VM outlived restart and death of netd, agent and node"
+$limit systemctl stop blixard-node.service blixard-agent.service blixard-guard.service blixard-netd.service blixard-netd.socket
+echo "systemd: a VM outlived restart and death of netd, agent, guard and node"

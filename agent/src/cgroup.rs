@@ -197,6 +197,11 @@ impl CgroupTree {
         Ok(Self { root: root.into() })
     }
 
+    /// The tree below a root that another process has made ready, or will.
+    pub fn of_others(root: &Path) -> Self {
+        Self { root: root.into() }
+    }
+
     fn leaf(&self, vm: VmId) -> PathBuf {
         self.root.join(format!("{PREFIX}{vm}"))
     }
@@ -289,6 +294,19 @@ impl CgroupTree {
     /// See [`CgroupError::File`].
     pub fn freeze(&self, vm: VmId, freeze: bool) -> Result<(), CgroupError> {
         write(&self.leaf(vm).join("cgroup.freeze"), if freeze { "1" } else { "0" })
+    }
+
+    /// What [`CgroupTree::freeze`] has told the kernel last, also by another process; `false` when there is no leaf.
+    ///
+    /// # Errors
+    /// See [`CgroupError::File`].
+    pub fn told_to_freeze(&self, vm: VmId) -> Result<bool, CgroupError> {
+        let path = self.leaf(vm).join("cgroup.freeze");
+        match fs::read_to_string(&path) {
+            Ok(text) => Ok(text.trim() != "0"),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(file_error("read", &path)(error)),
+        }
     }
 
     /// Waits until they have stopped, or go on: each thread stops when it next leaves the guest, which takes it no longer

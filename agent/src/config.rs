@@ -3,6 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use blixard_agent_api::held;
 use clap::Args;
 use serde::Deserialize;
 
@@ -27,6 +28,9 @@ pub struct Settings {
     /// Socket of netd [default: RUN/netd.sock]
     #[arg(long, value_name = "SOCKET")]
     pub netd: Option<PathBuf>,
+    /// File in which the node says until when its lease lasts [default: /run/blixard-node/lease.json]
+    #[arg(long, value_name = "FILE")]
+    pub node_lease: Option<PathBuf>,
     /// The VMM's program [default: blixard-vmm beside this program]
     #[arg(long, value_name = "FILE")]
     pub vmm: Option<PathBuf>,
@@ -55,6 +59,8 @@ pub struct Config {
     pub node_uid: u32,
     /// Socket of netd.
     pub netd: PathBuf,
+    /// File in which the node says until when its lease lasts.
+    pub node_lease: PathBuf,
     /// The VMM's program.
     pub vmm: PathBuf,
     /// First user id for VMs.
@@ -126,6 +132,10 @@ impl Config {
             state: settings.state.or(from_file.state).unwrap_or_else(|| "/var/lib/blixard/agent".into()),
             node_uid: settings.node_uid.or(from_file.node_uid).unwrap_or(0),
             netd: settings.netd.or(from_file.netd).unwrap_or_else(|| run.join("netd.sock")),
+            node_lease: settings
+                .node_lease
+                .or(from_file.node_lease)
+                .unwrap_or_else(|| Path::new("/run/blixard-node").join(held::FILE)),
             vmm: settings.vmm.or(from_file.vmm).unwrap_or_else(beside),
             uid_base: settings.uid_base.or(from_file.uid_base).unwrap_or(700_000),
             uid_count: settings.uid_count.or(from_file.uid_count).unwrap_or(10_000),

@@ -14,6 +14,7 @@ use serde::Deserialize;
 use crate::cgroup::{self, CONTROLLERS};
 use crate::config::Config;
 use crate::volume::file::MKFS;
+use crate::{guard, lease};
 
 /// Longest time the VMM may try.
 const PROBE_TIME_MAX: Duration = Duration::from_secs(15);
@@ -53,7 +54,27 @@ pub fn examine(config: &Config) -> Vec<Finding> {
         "sysctl -w net.ipv4.neigh.default.gc_thresh3=65536 (and gc_thresh2, and net.ipv6)",
     ));
     findings.push(disk(&config.state));
+    findings.extend(lease_guard(config));
     findings
+}
+
+/// Nothing where this host has no leases.
+fn lease_guard(config: &Config) -> Option<Finding> {
+    let check = "lease guard";
+    let fix = "systemctl enable --now blixard-guard.service";
+    if !lease::marked(&config.state) || config.no_cgroup {
+        return None;
+    }
+    Some(match guard::lives(&config.run) {
+        Ok(true) => finding(check, FindingState::Ok, "runs", None),
+        Ok(false) => finding(
+            check,
+            FindingState::Warning,
+            "does not run: an agent that is dead when the lease ends leaves VMs running here and elsewhere",
+            Some(fix),
+        ),
+        Err(error) => finding(check, FindingState::Warning, format!("cannot be looked for: {error}"), None),
+    })
 }
 
 /// The answer of `blixard-vmm probe --json`.

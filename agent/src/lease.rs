@@ -7,6 +7,8 @@
 //!
 //! A VM is frozen by its cgroup, or by SIGSTOP where there is none: both without asking the VMM.
 //!
+//! All of it needs an agent that runs at that moment. For when it does not, [`guard`] is another process that reads the same files.
+//!
 //! What is kept is the moment, in the run folder with the boot that it is about, and durably that there are leases at all.
 //! A host that starts again has none then until the node renews it: what its stored plan lists may run elsewhere by now.
 
@@ -15,13 +17,13 @@ use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use blixard_agent_api::plan::OnLeaseEnd;
-use blixard_agent_api::{Generation, Problem, ProblemKind, Start, VmPlan};
+use blixard_agent_api::{Generation, HeldLease, Problem, ProblemKind, Start, VmPlan};
 use blixard_vmm_api::VmId;
 use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
 use crate::host::{Core, Host, Vm, Vmm, sentence};
-use crate::{durable, process};
+use crate::{durable, guard, process};
 
 /// Name of the file in the run folder.
 const FILE: &str = "lease.json";
@@ -84,8 +86,28 @@ pub fn stored(run: &Path, state: &Path, boot: &str) -> Option<Lease> {
         Some(lease) if lease.boot == boot => Some(lease),
         Some(_) => Some(ended()),
         // An unknown mark is taken for one.
-        None => state.join(MARK).try_exists().unwrap_or(true).then(ended),
+        None => marked(state).then(ended),
     }
+}
+
+/// The lease as far as the node itself says that it lasts: whoever reads it has not been told, since the agent was dead. By the same
+/// rule as in [`renew`]: what the node says is about this boot and about no newer plan than the one here, and lasts no longer than
+/// it may.
+pub fn extended(lease: Lease, node_lease: &Path, planned: Generation) -> Lease {
+    let held = HeldLease::read(node_lease).unwrap_or_else(|error| {
+        tracing::warn!(path = %node_lease.display(), %error, "what the node says of its lease cannot be read");
+        None
+    });
+    let most = boottime_ms().saturating_add(LEASE_MS_MAX);
+    let counts =
+        |held: &HeldLease| held.boot == lease.boot && held.generation <= planned && held.until_ms <= most;
+    let until_ms = held.filter(counts).map_or(0, |held| held.until_ms);
+    Lease { until_ms: lease.until_ms.max(until_ms), ..lease }
+}
+
+/// Whether this host runs by leases, as the state folder says; one that cannot be read says yes.
+pub fn marked(state: &Path) -> bool {
+    state.join(MARK).try_exists().unwrap_or(true)
 }
 
 /// The node renews the lease, or ends the time of leases (`None`).
@@ -94,6 +116,8 @@ pub fn stored(run: &Path, state: &Path, boot: &str) -> Option<Lease> {
 /// The plan here is older than `generation`, or the lease cannot be stored.
 pub fn renew(host: &Host, until_ms: Option<u64>, generation: Generation) -> Result<(), Problem> {
     let refused = |kind, message: String| Problem { kind, message };
+    // What the guard does at the end of the lease that there was, it has done now or does not do any more.
+    let _held = guard::lock(&host.config.run).map_err(|e| refused(ProblemKind::Host, sentence(&e)))?;
     let now_ms = boottime_ms();
     if until_ms.is_some_and(|until_ms| until_ms > now_ms.saturating_add(LEASE_MS_MAX)) {
         let text = format!("a lease lasts {LEASE_MS_MAX} ms at most");
@@ -134,6 +158,9 @@ pub fn renew(host: &Host, until_ms: Option<u64>, generation: Generation) -> Resu
     let over = core.lease.as_ref().is_some_and(|lease| lease.until_ms <= now_ms);
     let news = core.lease.is_some() != lease.is_some();
     core.lease = lease;
+    if over {
+        ask_the_kernel(host, &mut core);
+    }
     if news || over {
         tracing::info!(leased = core.lease.is_some(), over, "leases");
         core.news();
@@ -142,6 +169,14 @@ pub fn renew(host: &Host, until_ms: Option<u64>, generation: Generation) -> Resu
     }
     host.lease_changed.notify_all();
     Ok(())
+}
+
+/// Finds out which VMs are frozen: the guard may have done it. What cannot be read is not known, and is set whatever it is.
+fn ask_the_kernel(host: &Host, core: &mut Core) {
+    let Ok(Some(tree)) = &host.cgroups else { return };
+    for (vm, entry) in core.vms.iter_mut().filter(|(_, entry)| entry.process.is_some()) {
+        entry.frozen = tree.told_to_freeze(*vm).ok();
+    }
 }
 
 /// Freezes and thaws for as long as the agent lives.
@@ -285,6 +320,7 @@ mod tests {
         std::fs::create_dir_all(&state).unwrap();
         let config = Config {
             netd: run.join("netd.sock"),
+            node_lease: run.join("node.json"),
             vmm: "/nowhere".into(),
             state: state.clone(),
             run,

@@ -20,6 +20,7 @@
 //! * [`execute`]: carries out one step
 //! * [`ledger`], [`durable`]: what survives this process and a loss of power
 //! * [`lease`]: VMs that may run elsewhere are frozen when the lease ends
+//! * [`guard`]: the same by a process of its own, for when this one is dead or stopped then
 //! * [`observe`]: what is there when the agent starts
 //! * [`vmm_link`], [`guest_stream`]: the control connection of each VMM; streams to guests and consoles
 //! * [`launch`], [`jail`], [`cgroup`], [`process`]: how a VMM comes to be and is held
@@ -33,6 +34,7 @@ pub mod copy;
 pub mod doctor;
 pub mod durable;
 pub mod execute;
+pub mod guard;
 pub mod guest_stream;
 pub mod host;
 pub mod jail;

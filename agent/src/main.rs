@@ -9,6 +9,7 @@ use std::thread;
 
 use blixard_agent::cgroup::{self, CgroupTree};
 use blixard_agent::config::{Config, Settings};
+use blixard_agent::guard::Guard;
 use blixard_agent::host::{Host, Parts, sentence};
 use blixard_agent::jail::Program;
 use blixard_agent::ledger::Ledger;
@@ -18,7 +19,7 @@ use blixard_agent::vmm_link::Watch;
 use blixard_agent::volume::file::FileVolumes;
 use blixard_agent::{doctor, durable, lease, observe, privileges, reconcile, vmm_link};
 use blixard_agent_api::request::FindingState;
-use blixard_agent_api::{Finding, HostPlan};
+use blixard_agent_api::{Finding, Generation, HostPlan};
 use blixard_ipc::{Listener, MESSAGE_BYTES_MAX};
 use clap::{Parser, Subcommand};
 use nix::fcntl::{Flock, FlockArg};
@@ -51,6 +52,8 @@ enum Task {
         #[arg(long)]
         json: bool,
     },
+    /// Freeze what may run elsewhere when the lease of this host ends, also while the agent is dead; needs --cgroup
+    Guard,
 }
 
 fn main() -> ExitCode {
@@ -67,6 +70,7 @@ fn main() -> ExitCode {
     };
     let result = match options.command {
         Some(Task::Doctor { json }) => return examine(&config, json),
+        Some(Task::Guard) => guard(&config),
         None => run(config),
     };
     match result {
@@ -133,11 +137,14 @@ fn run(config: Config) -> Result<(), String> {
     };
     let host = Arc::new(Host::new(parts));
     tell_problems(&host);
+    let mut planned = Generation::default();
     if let Some(plan) = stored_plan(&host.config.state)? {
         tracing::info!(generation = plan.generation.0, vms = plan.vms.len(), "stored plan");
+        planned = plan.generation;
         host.core().set_plan(plan);
     }
-    host.core().lease = lease::stored(&host.config.run, &host.config.state, &host.boot_id);
+    let lease = lease::stored(&host.config.run, &host.config.state, &host.boot_id);
+    host.core().lease = lease.map(|lease| lease::extended(lease, &host.config.node_lease, planned));
     observe::look(&host, known)?;
     let spawn = |name: &str, task: Box<dyn FnOnce() + Send>| {
         let spawned = thread::Builder::new().name(name.into()).spawn(task);
@@ -157,12 +164,33 @@ fn run(config: Config) -> Result<(), String> {
             }
         }),
     )?;
-    // Without systemd there is nobody to tell.
-    if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
-        tracing::debug!(%error, "cannot tell systemd that the agent is ready");
-    }
+    tell_ready();
     tracing::info!(node_uid = host.config.node_uid, "serving");
     Server::new(host).serve(&listener).map_err(|e| sentence(&e))
+}
+
+fn tell_ready() {
+    // Without systemd there is nobody to tell.
+    if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
+        tracing::debug!(%error, "cannot tell systemd that this is ready");
+    }
+}
+
+fn guard(config: &Config) -> Result<(), String> {
+    // Its own cgroup, which the agent takes by default, is not the agent's.
+    let Some(root) = &config.cgroup else {
+        return Err("the guard freezes cgroups: say which with --cgroup, as for the agent".into());
+    };
+    std::fs::create_dir_all(&config.run).map_err(|e| format!("cannot make {}: {e}", config.run.display()))?;
+    let guard = Guard::new(config, CgroupTree::of_others(root), boot_id()?).map_err(|e| sentence(&e))?;
+    let ended = guard.run(|| {
+        tell_ready();
+        tracing::info!(cgroup = %root.display(), "watching the lease");
+    });
+    match ended {
+        Err(error) => Err(sentence(&error)),
+        Ok(never) => match never {},
+    }
 }
 
 fn tell_problems(host: &Host) {
@@ -249,9 +277,7 @@ fn stored_plan(state: &Path) -> Result<Option<HostPlan>, String> {
 }
 
 fn boot_id() -> Result<String, String> {
-    let path = "/proc/sys/kernel/random/boot_id";
-    let text = std::fs::read_to_string(path).map_err(|e| format!("{path}: {e}"))?;
-    Ok(text.trim().to_owned())
+    blixard_agent_api::held::boot_id().map_err(|e| format!("cannot tell this boot: {e}"))
 }
 
 fn memory_mib() -> Result<u64, String> {

@@ -14,10 +14,11 @@ use blixard_api::VmId;
 use blixard_api::vm::VmSpec;
 use blixard_netd_api::Subnet;
 use blixard_node::clock::Clock;
-use blixard_node::node::FEATURE_LEVEL;
+use blixard_node::node::feature_level;
 use blixard_node::raft::storage::Folder;
 use blixard_node::raft::{Consensus, ELECTION_TIMEOUT_MS, Opening};
 use blixard_node::state::placement::NodeChange;
+use blixard_node::state::records::LEASE_MS;
 use blixard_node::state::{Capacity, Command, ImageRecord, KernelRecord, NetworkRecord, Proposal};
 
 /// Windows that are reported.
@@ -56,7 +57,13 @@ fn setup() -> Result<Vec<Command>> {
     let capacity =
         Capacity { cpus: 1 << 20, memory_mib: 1 << 40, disk_mib: 1 << 40, arch: Default::default() };
     Ok(vec![
-        Command::InitCluster { feature_level: FEATURE_LEVEL, network, node: 1, node_name: "n1".into() },
+        Command::InitCluster {
+            feature_level: feature_level(),
+            network,
+            node: 1,
+            node_name: "n1".into(),
+            lease_ms: LEASE_MS,
+        },
         Command::Node { node: 1, change: NodeChange::Capacity(capacity) },
         Command::PutImage(Box::new(image)),
         Command::PutKernel(Box::new(kernel)),

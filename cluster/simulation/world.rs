@@ -8,7 +8,8 @@ use std::time::Duration;
 use blixard_agent_api::{BlobRef, Digest};
 use blixard_api::image::ImageConfig;
 use blixard_netd_api::Subnet;
-use blixard_node::node::FEATURE_LEVEL;
+use blixard_node::node::feature_level;
+use blixard_node::state::records::LEASE_MS;
 use blixard_node::state::{
     Answer, Command, ImageRecord, JoinTokenRecord, KernelRecord, MemberCommand, NetworkRecord, NodeFacts,
     NodeId, Proposal,
@@ -113,7 +114,7 @@ fn facts(node: NodeId) -> Box<NodeFacts> {
         public_key: Some(format!("key of {node}")),
         labels: BTreeMap::new(),
         version: "simulated".into(),
-        feature_level: FEATURE_LEVEL,
+        feature_level: feature_level(),
         trust_version: 1,
     })
 }
@@ -256,8 +257,13 @@ impl World {
             modules: vec![],
             created_at_ms: 1,
         };
-        let init =
-            Command::InitCluster { feature_level: FEATURE_LEVEL, network, node: 1, node_name: "n1".into() };
+        let init = Command::InitCluster {
+            feature_level: feature_level(),
+            network,
+            node: 1,
+            node_name: "n1".into(),
+            lease_ms: LEASE_MS,
+        };
         self.propose(init).await?;
         self.propose(Command::Member(Box::new(MemberCommand::Announce { node: 1, facts: facts(1) }))).await?;
         let since = consensus.replica().state().revision();

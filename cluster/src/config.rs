@@ -10,6 +10,7 @@ use clap::Parser;
 use serde::Deserialize;
 
 use crate::raft::ELECTION_TIMEOUT_MS;
+use crate::state::records::{LEASE_MS, LEASES_MS};
 
 /// The cluster process of a Blixard node. It needs no privileges: an agent on the same host does what needs them.
 #[derive(Debug, Clone, Default, Parser, Deserialize)]
@@ -75,6 +76,11 @@ pub struct Options {
     /// [default: 250]
     #[arg(long, value_name = "MS")]
     pub election_timeout: Option<u64>,
+    /// How long VMs that may be started elsewhere run on while their host hears from no majority of the voters, in milliseconds;
+    /// taken when the cluster is made. More where a node takes long to start again: its VMs move when it takes longer
+    /// [default: 5000]
+    #[arg(long, value_name = "MS")]
+    pub lease: Option<u64>,
     /// File with the same settings, in TOML
     #[arg(long, value_name = "FILE")]
     #[serde(skip)]
@@ -151,6 +157,8 @@ pub struct Config {
     pub snapshot_after: u64,
     /// Silence of the leader after which a voter stands for election, in milliseconds.
     pub election_timeout_ms: u64,
+    /// How long a lease lasts, in a cluster that this node makes.
+    pub lease_ms: u64,
 }
 
 /// Possible election timeouts in milliseconds. Leases (5 s) have to outlast an election.
@@ -195,6 +203,11 @@ impl Options {
                 format!("{} to {} ms are possible", ELECTION_TIMEOUTS_MS.start(), ELECTION_TIMEOUTS_MS.end());
             return Err(wrong("election-timeout", &election.to_string(), &form));
         }
+        let lease_ms = self.lease.unwrap_or(LEASE_MS);
+        if !LEASES_MS.contains(&lease_ms) {
+            let form = format!("{} to {} ms are possible", LEASES_MS.start(), LEASES_MS.end());
+            return Err(wrong("lease", &lease_ms.to_string(), &form));
+        }
         Ok(Config {
             state: self.state.unwrap_or_else(|| "/var/lib/blixard/node".into()),
             agent: self.agent.unwrap_or_else(|| "/run/blixard/agent.sock".into()),
@@ -213,6 +226,7 @@ impl Options {
             network_v6,
             snapshot_after: self.snapshot_after.unwrap_or(1000).max(10),
             election_timeout_ms: election,
+            lease_ms,
         })
     }
 
@@ -236,6 +250,7 @@ impl Options {
             network_v6: self.network_v6.or(file.network_v6),
             snapshot_after: self.snapshot_after.or(file.snapshot_after),
             election_timeout: self.election_timeout.or(file.election_timeout),
+            lease: self.lease.or(file.lease),
             config: None,
         }
     }
@@ -328,6 +343,7 @@ mod tests {
             ("--label", "zone"),
             ("--join", "x"),
             ("--election-timeout", "20"),
+            ("--lease", "4999"),
         ] {
             assert!(Options::parse_from(["blixard-node", name, value]).complete().is_err(), "{name} {value}");
         }

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use blixard_agent_api::AgentClient;
+use blixard_agent_api::{AgentClient, held};
 use blixard_api::client::{Client, ClientError, Host as ClientHost};
 use blixard_api::cluster::{Admission, Applicant};
 use blixard_api::token::JoinToken;
@@ -25,6 +25,7 @@ use crate::auth::tls::Tls;
 use crate::auth::{AuthError, random_hex};
 use crate::clock::{self, Clock};
 use crate::config::Config;
+use crate::host::held::Teller;
 use crate::host::local::Local;
 use crate::host::renew::Renewer;
 use crate::host::sync::HostSync;
@@ -38,18 +39,31 @@ use crate::raft::peer::server::PeerServer;
 use crate::raft::storage::Folder;
 use crate::raft::{Consensus, ConsensusError, Opening, ProposeError, recover};
 use crate::state::apply::DEFAULT_NETWORK;
-use crate::state::command::ROOM_LEVEL;
+use crate::state::command::LEASE_LEVEL;
 use crate::state::{Command, MemberCommand, NetworkRecord, NodeId, Proposal, Refusal};
 
 /// Number of the node that makes a cluster.
 const FIRST_NODE: NodeId = 1;
 /// What this program understands. 1: clusters of one node. 2: commands about the cluster itself. 3: placement and leases.
 /// 4: health checks; declarations of nodes as down are counted by the log. 5: a node that has not told what it has takes no VM;
-/// a VM keeps its room until its policy starts it again.
-/// A build for tests of upgrades knows one more, in which nothing is new.
-pub const FEATURE_LEVEL: u32 = if cfg!(feature = "test-next-level") { ROOM_LEVEL + 1 } else { ROOM_LEVEL };
-#[cfg(all(feature = "test-next-level", not(debug_assertions)))]
-compile_error!("test-next-level is for tests: a cluster at that level could never run a real version again");
+/// a VM keeps its room until its policy starts it again. 6: a cluster may have leases of another length.
+pub fn feature_level() -> u32 {
+    LEASE_LEVEL + u32::from(knows_next_level())
+}
+
+/// For tests of upgrades: a development build whose program file says `+1` here knows one level more, in which nothing is new
+/// (`tests/all.sh` makes it). A cluster at that level could never run a real version again, so no other build can.
+#[cfg(debug_assertions)]
+fn knows_next_level() -> bool {
+    static MARK: &[u8] = b"blixard-node-test-feature-level+0";
+    std::hint::black_box(MARK).ends_with(b"+1")
+}
+
+#[cfg(not(debug_assertions))]
+const fn knows_next_level() -> bool {
+    false
+}
+
 /// How long a member waits at its start for a leader that confirms what it has.
 const RECOVERY_MAX: Duration = Duration::from_secs(5);
 
@@ -83,6 +97,9 @@ pub enum NodeError {
     /// Two numbers have the same name.
     #[error("the metrics cannot be registered")]
     Metrics(#[from] prometheus::Error),
+    /// It cannot be told which boot this is.
+    #[error("cannot tell which boot this is")]
+    Boot(#[source] std::io::Error),
     /// The network has an impossible subnet.
     #[error("the default network is not possible: {0}")]
     Network(String),
@@ -180,6 +197,12 @@ async fn start(
         local: Arc::clone(&local),
         resolvers: config.resolvers.clone(),
     };
+    let teller = Teller {
+        consensus: consensus.clone(),
+        local: Arc::clone(&local),
+        path: config.socket.with_file_name(held::FILE),
+        boot: held::boot_id().map_err(NodeError::Boot)?,
+    };
     // These parts end with the process, or before it when the node starts anew.
     let parts = stop.child_token();
     let (restart, mut restarts) = watch::channel(None);
@@ -241,6 +264,7 @@ async fn start(
     tasks.spawn(liveness::watch::beat(consensus.clone(), parts.clone()));
     tasks.spawn(liveness::watch::detect(consensus.clone(), parts.clone()));
     tasks.spawn(renewer.run(parts.clone()));
+    tasks.spawn(teller.run(parts.clone()));
     tracing::info!(node = config.name, socket = %config.socket.display(), "ready");
     ready();
 
@@ -349,7 +373,7 @@ async fn join_at_start(
         public_key: public_key(&key_pem)?,
         labels: config.labels.clone(),
         version: env!("CARGO_PKG_VERSION").into(),
-        feature_level: FEATURE_LEVEL,
+        feature_level: feature_level(),
     };
     let admission = join(token, &applicant).await.map_err(|error| NodeError::Join(Box::new(error)))?;
     let (node, trust_version) = (admission.node, admission.trust_version);
@@ -388,7 +412,8 @@ async fn begin(consensus: &Consensus, config: &Config) -> Result<(), NodeError> 
         };
         spec.validate().map_err(NodeError::Network)?;
         let node_name = config.name.clone();
-        Command::InitCluster { feature_level: FEATURE_LEVEL, network, node, node_name }
+        let lease_ms = config.lease_ms;
+        Command::InitCluster { feature_level: feature_level(), network, node, node_name, lease_ms }
     };
     let known = consensus.replica().state().node(node).is_some_and(|record| record.name == config.name);
     if made && known {

@@ -22,9 +22,12 @@ systemd-tmpfiles --create blixard.conf
 sysctl -q -p /usr/lib/sysctl.d/60-blixard.conf
 [ -e /etc/blixard/agent.toml ] || printf 'node_uid = %s\nnetd = "/run/blixard/netd.sock"\n' "$(id -u blixard)" >/etc/blixard/agent.toml
 # This also makes systemd read the units anew.
-systemctl enable -q blixard-netd.socket blixard-agent.service blixard-node.service
+systemctl enable -q blixard-netd.socket blixard-guard.service blixard-agent.service blixard-node.service
 # Those that were started too often, because what was installed before does not run.
 systemctl reset-failed 'blixard-*' 2>/dev/null || true
-systemctl restart blixard-netd.socket
-systemctl restart blixard-netd.service blixard-agent.service blixard-node.service
+# One after the other. The guard and the agent stand in for each other, and the node, which is away no longer than it takes itself to
+# stop and start, is back before its host's lease ends.
+systemctl restart blixard-netd.socket blixard-guard.service
+systemctl restart blixard-netd.service blixard-agent.service
+systemctl restart blixard-node.service
 echo "blixard is installed; members of the group blixard may use it: blixard doctor"

@@ -20,10 +20,10 @@ const PATIENCE: Duration = Duration::from_secs(120);
 const LOOK: Duration = Duration::from_millis(100);
 /// Longest wait for an answer of the API.
 const ANSWER_MAX: Duration = Duration::from_secs(20);
-/// What an operator of slow hosts sets: each processor here is a share of an emulated one.
+/// What an operator of slow hosts sets: each processor here is a share of an emulated one, and a node takes ten seconds and more to start again.
 const SLOW: &str = "[Service]
 ExecStart=
-ExecStart=/usr/lib/blixard/blixard-node --socket /run/blixard-node/node.sock --election-timeout 1000";
+ExecStart=/usr/lib/blixard/blixard-node --socket /run/blixard-node/node.sock --election-timeout 1000 --lease 30000";
 /// Folder of the forwarded sockets.
 const SOCKETS: &str = "/run/three-hosts";
 

@@ -12,7 +12,7 @@ use std::process::Stdio;
 use std::sync::Mutex;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use blixard_tests::hosts::{Hosts, Life, address, name, request};
 use libtest_mimic::{Arguments, Failed, Trial};
@@ -27,6 +27,8 @@ const MOVE: [&str; 3] = ["moves-0", "moves-1", "moves-2"];
 /// A VM that waits for its node, which is the last.
 const STAYS: &str = "stays";
 const LAST: usize = 2;
+/// Between two attempts of a client whose request was not acknowledged.
+const RETRY: Duration = Duration::from_millis(50);
 /// What a workload says when it is asked to end, rather than killed.
 const FAREWELL: &str = "asked to end";
 
@@ -45,6 +47,10 @@ fn main() -> std::process::ExitCode {
             cut_off,
         ),
         ("the_leader_is_killed_under_load_and_no_acknowledged_write_is_lost_nor_a_vm", leader_killed),
+        (
+            "a_host_without_an_agent_runs_on_and_freezes_its_vms_in_time_when_it_is_cut_off",
+            cut_off_without_agent,
+        ),
         ("a_node_is_drained_and_its_vms_end_in_good_order_and_run_elsewhere", drain),
         ("nodes_are_upgraded_one_by_one_and_back_until_the_level_is_raised_while_vms_run_on", upgrade),
     ];
@@ -165,22 +171,19 @@ fn lives() -> Vec<(&'static str, usize, Life)> {
 /// Milliseconds of a host's clock.
 const NOW_MS: &str = "date +%s%3N";
 
-fn cut_off() {
+/// Cuts a host off, waits until this VM of it runs elsewhere, and sees that it was frozen before that was planned. Answers where.
+fn cut_until_elsewhere(host: usize, moved: &str) -> usize {
     let hosts = hosts();
-    let (moved, stayed) = (mover_on(LAST), hosts.life(LAST, STAYS));
-    let cgroup = hosts.cgroup(moved);
-    let file = |vm: &str, name: &str| hosts.cgroup(vm).join(name).display().to_string();
     let now_ms = |host: usize| hosts.sh(host, NOW_MS).good().trim().parse::<i64>().unwrap();
     // How much the clock of the host that is cut off is ahead of ours; less than it seems, since the answer took a while.
-    let ahead = now_ms(LAST) - now_ms(0);
-
-    let when_frozen =
-        format!("until grep -q 1 {}; do sleep 0.05; done; {NOW_MS}", file(moved, "cgroup.freeze"));
-    let watcher = hosts.script(LAST, &when_frozen).stdout(Stdio::piped()).spawn().unwrap();
-    hosts.cut(LAST);
+    let ahead = now_ms(host) - now_ms(0);
+    let freeze = hosts.cgroup(moved).join("cgroup.freeze").display().to_string();
+    let when_frozen = format!("until grep -q 1 {freeze}; do sleep 0.05; done; {NOW_MS}");
+    let watcher = hosts.script(host, &when_frozen).stdout(Stdio::piped()).spawn().unwrap();
+    hosts.cut(host);
     let (cut, cut_ms) = (Instant::now(), now_ms(0));
-    hosts.say(&format!("{} is cut off", name(LAST)));
-    hosts.until("it is placed elsewhere", || hosts.place(0, moved).is_some_and(|host| host != LAST));
+    hosts.say(&format!("{} is cut off", name(host)));
+    hosts.until("it is placed elsewhere", || hosts.place(0, moved).is_some_and(|there| there != host));
     let (placed, placed_ms) = (cut.elapsed(), now_ms(0));
     let there = hosts.place(0, moved).unwrap();
     hosts.until("it runs there", || hosts.vm(0, moved)["phase"] == "running");
@@ -194,6 +197,15 @@ fn cut_off() {
         ran.as_millis()
     ));
     assert!(frozen_ms < placed_ms, "frozen there before it is planned elsewhere");
+    there
+}
+
+fn cut_off() {
+    let hosts = hosts();
+    let (moved, stayed) = (mover_on(LAST), hosts.life(LAST, STAYS));
+    let cgroup = hosts.cgroup(moved);
+    let file = |vm: &str, name: &str| hosts.cgroup(vm).join(name).display().to_string();
+    let there = cut_until_elsewhere(LAST, moved);
 
     // Frozen is what uses no processor: not one microsecond within a second.
     let used = |vm: &str| {
@@ -227,6 +239,39 @@ fn cut_off() {
     hosts.until("it has leases again", || hosts.node(0, LAST)["leased"] == true);
 }
 
+fn cut_off_without_agent() {
+    let hosts = hosts();
+    let from = 1;
+    let moved = mover_on(from);
+    let stat = hosts.cgroup(moved).join("cpu.stat").display().to_string();
+    let stands_still = || {
+        let used = hosts.sh(from, &format!("head -n 1 {stat}; sleep 1; head -n 1 {stat}")).good();
+        used.lines().next() == used.lines().nth(1)
+    };
+    let old = hosts.cgroup(moved);
+    hosts.sh(from, "systemctl stop blixard-agent.service").good();
+    // Of what the agent was told last, nothing is left.
+    let over = "until=$(sed 's/.*\"until_ms\":\\([0-9]*\\).*/\\1/' /run/blixard/lease.json)
+        [ \"$(awk '{printf \"%d\", $1 * 1000}' /proc/uptime)\" -gt $((until + 1000)) ]";
+    hosts.until("the agent's lease is over", || hosts.sh(from, over).code == 0);
+    assert!(!stands_still(), "while the agent is dead its VMs run on: the node has a lease");
+    hosts.say("a host without an agent runs on, longer than what its agent was told");
+
+    let there = cut_until_elsewhere(from, moved);
+    assert!(stands_still(), "its guard has frozen it");
+    let new = hosts.life(there, moved);
+    hosts.mend(from);
+    hosts.until("it is up", || hosts.node(there, from)["status"] == "up");
+    assert!(stands_still(), "nothing thaws it while there is no agent");
+    hosts.sh(from, "systemctl start blixard-agent.service").good();
+    hosts.until("the frozen VM is gone there", || {
+        hosts.sh(from, &format!("[ ! -e {} ]", old.display())).code == 0
+    });
+    hosts.until("it has leases again", || hosts.node(there, from)["leased"] == true);
+    assert_eq!(hosts.life(there, moved), new, "what runs elsewhere runs on");
+    hosts.say("its agent is back, and the frozen VM is gone");
+}
+
 /// Writes tokens for the API, each with a name of its own, until `stop`; notes what was acknowledged, and when it was begun.
 fn write(hosts: &Hosts, writer: usize, stop: &AtomicBool, acknowledged: &Mutex<Vec<(String, Instant)>>) {
     let mut at = writer;
@@ -245,6 +290,8 @@ fn write(hosts: &Hosts, writer: usize, stop: &AtomicBool, acknowledged: &Mutex<V
                 break;
             }
             at += 1;
+            // As a client does, rather than taking what processors there are from the node that has to come back.
+            std::thread::sleep(RETRY);
         }
     }
 }
@@ -301,7 +348,8 @@ fn leader_killed() {
 
 fn drain() {
     let hosts = hosts();
-    let from = 1;
+    let from =
+        [1, 0].into_iter().find(|host| MOVE.iter().any(|vm| hosts.place(0, vm) == Some(*host))).unwrap();
     let drained = mover_on(from);
     let epoch = hosts.vm(0, drained)["epoch"].as_u64().unwrap();
     let others: Vec<_> = lives().into_iter().filter(|(_, host, _)| *host != from).collect();

@@ -106,6 +106,9 @@ pub struct ClusterStatus {
     pub feature_level: u32,
     /// What the program that answers understands.
     pub feature_level_known: u32,
+    /// How long VMs that may be started elsewhere run on while their host hears from no majority of the voters, in milliseconds.
+    #[serde(default)]
+    pub lease_ms: u64,
     /// Number of nodes.
     pub nodes: usize,
     /// Names of the nodes that vote.

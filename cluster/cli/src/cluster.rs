@@ -241,6 +241,7 @@ fn show_status(context: &Context, status: &ClusterStatus) -> Result<(), CliError
         ("voters", status.voters.join(", ")),
         ("nodes", status.nodes.to_string()),
         ("feature level", level),
+        ("lease", format!("{} s", f64::from(u32::try_from(status.lease_ms).unwrap_or(u32::MAX)) / 1000.0)),
         ("term", status.term.to_string()),
         ("applied", format!("{} of {}", status.applied, status.last_log)),
         ("authority", if status.rotating { "is being changed".into() } else { "settled".into() }),

@@ -20,7 +20,7 @@ use crate::auth::identity::{Identity, Keys, new_key, public_key};
 use crate::auth::{AuthError, sha256_hex};
 use crate::clock;
 use crate::host::chain;
-use crate::node::{FEATURE_LEVEL, Restart, join};
+use crate::node::{Restart, feature_level, join};
 use crate::state::{Answer, Command, MemberCommand, NodeFacts, NodeStatus};
 
 /// Longest wait until another node leads.
@@ -195,12 +195,12 @@ async fn rotate(api: &Api, request: Request) -> Result<Response, Failure> {
 
 async fn raise(api: &Api, request: Request) -> Result<Response, Failure> {
     let wanted: RaiseLevel = json(request).await?;
-    let level = wanted.level.unwrap_or(FEATURE_LEVEL);
-    if level > FEATURE_LEVEL {
-        let text = format!("this node knows up to {FEATURE_LEVEL}");
+    let level = wanted.level.unwrap_or(feature_level());
+    if level > feature_level() {
+        let text = format!("this node knows up to {}", feature_level());
         return Err(Failure::field("level", "out_of_range", text));
     }
-    let command = MemberCommand::RaiseLevel { level, node: api.consensus.node(), knows: FEATURE_LEVEL };
+    let command = MemberCommand::RaiseLevel { level, node: api.consensus.node(), knows: feature_level() };
     let (revision, _) = api.propose(None, Command::Member(Box::new(command))).await?;
     Ok(answer(StatusCode::OK, revision, &api.status()))
 }
@@ -238,7 +238,7 @@ pub async fn act_on_this(
         public_key: public,
         labels: api.labels.clone(),
         version: env!("CARGO_PKG_VERSION").into(),
-        feature_level: FEATURE_LEVEL,
+        feature_level: feature_level(),
     };
     let admission = join(&token, &applicant).await.map_err(|error| match error.refusal() {
         Some(refusal) => Failure::denied(format!("the cluster refuses: {}", refusal.error.message)),
@@ -275,7 +275,8 @@ impl Api {
                 .map(|id| state.node(id).map_or_else(|| format!("number {id}"), |node| node.name.clone())),
             term: numbers.term,
             feature_level: state.cluster().map_or(0, |cluster| cluster.feature_level),
-            feature_level_known: FEATURE_LEVEL,
+            feature_level_known: feature_level(),
+            lease_ms: state.cluster().map_or(0, |cluster| cluster.lease_ms),
             nodes: state.nodes().count(),
             voters: state
                 .nodes()

@@ -132,7 +132,7 @@ impl Keeper {
             public_key: keys.as_ref().map(|keys| public_key(&keys.key_pem)).transpose()?,
             labels: self.labels.clone(),
             version: env!("CARGO_PKG_VERSION").into(),
-            feature_level: crate::node::FEATURE_LEVEL,
+            feature_level: crate::node::feature_level(),
             trust_version: match (&keys, trust) {
                 (Some(keys), Some(trust)) => followed(keys, trust)?,
                 _ => 0,

@@ -14,7 +14,7 @@ use super::identity::{Identity, Keys, new_key};
 use super::keeper::{followed, next_trust, renewed};
 use super::tls::{Tls, node_of};
 use crate::clock;
-use crate::node::FEATURE_LEVEL;
+use crate::node::feature_level;
 use crate::state::testing::init;
 use crate::state::{
     Command, JoinTokenRecord, MemberCommand, NodeFacts, NodeId, Proposal, State, TrustRecord,
@@ -157,7 +157,7 @@ impl Explorer {
             public_key: Some(self.keys[&node].1.clone()),
             labels: Default::default(),
             version: "1".into(),
-            feature_level: FEATURE_LEVEL,
+            feature_level: feature_level(),
             trust_version,
         }
     }

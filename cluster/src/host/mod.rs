@@ -4,9 +4,11 @@
 //! * [`feed`]: the stream of this node's plan, from the replica here or later from elsewhere
 //! * [`local`]: what this node knows of its VMs and keeps to itself (usage, moments, whether the agent answers)
 //! * [`renew`]: the lease of this host
+//! * [`held`]: the same, in a file, for when the agent does not answer
 //! * [`sync`]: the loops
 
 pub mod feed;
+pub mod held;
 pub mod local;
 pub mod plan;
 pub mod renew;

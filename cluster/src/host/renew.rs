@@ -18,8 +18,8 @@ use crate::raft::Consensus;
 use crate::state::placement::NodeChange;
 use crate::state::{Command, Proposal, State};
 
-/// Between two looks: a small part of a lease.
-const LOOK: Duration = Duration::from_millis(100);
+/// Longest time between two looks, a small part of a lease: what a lease waits for besides may come without a signal.
+const LOOK: Duration = Duration::from_millis(500);
 /// Longest wait for what a majority knows, before the agent is told that there are no leases.
 const KNOW_MAX: Duration = Duration::from_secs(1);
 /// Most leases that wait for a plan to arrive.
@@ -27,7 +27,7 @@ const WAITING_MAX: usize = 64;
 
 /// Leases on their way to the agent. Pure.
 #[derive(Debug, Default)]
-struct Passing {
+pub(super) struct Passing {
     /// Until when, and the oldest plan that each is about; later ones behind.
     waiting: VecDeque<(u64, u64)>,
     newest_ms: u64,
@@ -35,7 +35,7 @@ struct Passing {
 
 impl Passing {
     /// A lease whose revision is applied here, where the plan has this generation now.
-    fn take(&mut self, lease: Renewal, generation: u64) {
+    pub(super) fn take(&mut self, lease: Renewal, generation: u64) {
         if lease.until_ms > self.newest_ms {
             self.newest_ms = lease.until_ms;
             self.waiting.push_back((lease.until_ms, generation));
@@ -46,7 +46,7 @@ impl Passing {
     }
 
     /// The latest lease that an agent with this plan may have; earlier ones are of no use any more.
-    fn next(&mut self, planned: u64) -> Option<(u64, u64)> {
+    pub(super) fn next(&mut self, planned: u64) -> Option<(u64, u64)> {
         let count = self.waiting.iter().take_while(|(_, generation)| *generation <= planned).count();
         self.waiting.drain(..count).next_back()
     }
@@ -65,9 +65,14 @@ enum Mode {
     Nothing,
 }
 
+/// Whether there are leases at all.
+pub(super) fn has_leases(state: &State) -> bool {
+    state.places() && state.nodes().nth(1).is_some()
+}
+
 fn mode(state: &State, node: u64, enforced: bool) -> Mode {
     let recorded = state.node(node).is_some_and(|record| record.offer.leased);
-    if state.places() && state.nodes().nth(1).is_some() {
+    if has_leases(state) {
         return Mode::Leases((recorded != enforced).then_some(enforced));
     }
     match (recorded, enforced) {
@@ -93,7 +98,19 @@ impl Renewer {
         let mut pace = tokio::time::interval(LOOK);
         pace.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut passing = Passing::default();
-        while stop.run_until_cancelled(pace.tick()).await.is_some() {
+        let mut reports = self.local.changes();
+        loop {
+            let woken = async {
+                tokio::select! {
+                    biased;
+                    () = self.consensus.pulse().renewed() => {}
+                    _ = reports.changed() => {}
+                    _ = pace.tick() => {}
+                }
+            };
+            if stop.run_until_cancelled(woken).await.is_none() {
+                return;
+            }
             stop.run_until_cancelled(self.look(&mut passing)).await;
         }
     }

@@ -57,6 +57,11 @@ impl Holder {
         Self { settings, next: 0, beats: BTreeMap::new(), newest: None, reached_ms: None }
     }
 
+    /// What the cluster says about times. It always says the same; a node that has just begun may not know it yet.
+    pub fn set(&mut self, settings: Settings) {
+        self.settings = settings;
+    }
+
     /// Number of the heartbeat that is sent to all voters now.
     pub fn beat(&mut self, now_ms: u64, voters: &Electorate) -> u64 {
         let number = self.next;

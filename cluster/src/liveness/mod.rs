@@ -38,12 +38,15 @@ mod lease_model_test;
 use std::collections::BTreeSet;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use tokio::sync::Notify;
+
 pub use detector::{Action, Detector};
 pub use downs::Downs;
 pub use holder::{Holder, Renewal, Reply};
 pub use voter::Voter;
 
-use crate::state::{NodeId, NodeStatus};
+use crate::state::records::LEASE_MS;
+use crate::state::{NodeId, NodeStatus, State};
 
 /// Times of failure handling, in milliseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -73,7 +76,7 @@ impl Default for Settings {
             suspect_after_ms: 2_000,
             probe_ms: 500,
             probes: 3,
-            lease_ms: 5_000,
+            lease_ms: LEASE_MS,
             drift_per_mille: 20,
             freeze_ms: 250,
         }
@@ -81,6 +84,12 @@ impl Default for Settings {
 }
 
 impl Settings {
+    /// Those of this cluster.
+    pub fn of(state: &State) -> Self {
+        let lease_ms = state.cluster().map_or(LEASE_MS, |cluster| cluster.lease_ms);
+        Self { lease_ms, ..Self::default() }
+    }
+
     /// After this time on any clock a lease has ended on every clock, and what ran under it is frozen.
     pub fn lease_over_ms(&self) -> u64 {
         let drift = self.lease_ms.saturating_mul(self.drift_per_mille).div_ceil(1000);
@@ -130,13 +139,30 @@ pub struct Standing {
 pub struct Pulse {
     voter: Mutex<Voter>,
     holder: Mutex<Holder>,
+    renewed: Notify,
 }
 
 impl Pulse {
     /// The parts of a process that begins now.
     pub fn new(now_ms: u64) -> Self {
         let settings = Settings::default();
-        Self { voter: Mutex::new(Voter::new(now_ms)), holder: Mutex::new(Holder::new(settings)) }
+        let (voter, holder) = (Voter::new(now_ms), Holder::new(settings));
+        Self { voter: Mutex::new(voter), holder: Mutex::new(holder), renewed: Notify::new() }
+    }
+
+    /// A voter replied to heartbeat `number`; wakes whoever waits for a longer lease.
+    pub fn reply(&self, number: u64, reply: Reply, voters: &Electorate) {
+        let mut holder = self.holder();
+        let before = holder.lease(u64::MAX);
+        holder.reply(number, reply, voters);
+        if holder.lease(u64::MAX) != before {
+            self.renewed.notify_one();
+        }
+    }
+
+    /// Returns once there is another lease than at the last time. For one task.
+    pub async fn renewed(&self) {
+        self.renewed.notified().await;
     }
 
     /// The voter. Whoever reads the state for it does so while holding this: see [`watch`].

@@ -15,6 +15,8 @@ use crate::state::{Command, NodeId, Proposal, Refusal};
 
 /// Between two looks of the leader.
 const LOOK: Duration = Duration::from_millis(100);
+/// Between two looks of a member that does not lead, or has nobody to watch.
+const IDLE_LOOK: Duration = Duration::from_millis(500);
 /// Longest wait for a proposal of the leader; it is repeated when it is still due.
 const PROPOSE_MAX: Duration = Duration::from_secs(1);
 /// Most questions under way.
@@ -40,7 +42,9 @@ pub async fn beat(consensus: Consensus, stop: CancellationToken) {
         }
         let voters = consensus.electorate();
         let (number, connected) = {
+            let settings = Settings::of(&consensus.replica().state());
             let mut holder = consensus.pulse().holder();
+            holder.set(settings);
             let now_ms = consensus.clock().boottime_ms();
             (holder.beat(now_ms, &voters), holder.is_connected(now_ms))
         };
@@ -50,7 +54,7 @@ pub async fn beat(consensus: Consensus, stop: CancellationToken) {
                 // A voter that cannot be reached is nothing new: the next heartbeat tries again.
                 if let Ok(reply) = consensus.beat(voter, connected).await {
                     let voters = consensus.electorate();
-                    consensus.pulse().holder().reply(number, reply, &voters);
+                    consensus.pulse().reply(number, reply, &voters);
                 }
             });
         }
@@ -69,23 +73,25 @@ struct Watch {
 
 /// Watches for silent nodes for as long as this node leads, until `stop`.
 pub async fn detect(consensus: Consensus, stop: CancellationToken) {
-    let mut pace = tokio::time::interval(LOOK);
-    pace.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut pause = Duration::ZERO;
     let mut term = None;
-    let mut watch = Watch::new(consensus.clone());
+    let mut watch = None;
     let mut downs = Downs::default();
-    while stop.run_until_cancelled(pace.tick()).await.is_some() {
+    while stop.run_until_cancelled(tokio::time::sleep(pause)).await.is_some() {
         let now_ms = consensus.clock().boottime_ms();
         // Also while another node leads: whoever leads next shall know it.
         downs.look(now_ms, consensus.replica().state().nodes().map(|node| node.offer.down_revision));
         let leads = consensus.leading_term();
         if leads != term {
-            watch = Watch::new(consensus.clone());
+            watch = None;
             term = leads;
         }
         // A leader that no longer votes hears nobody's heartbeats, and is about to hand over.
         let votes = || consensus.electorate().voters().contains(&consensus.node());
+        pause = IDLE_LOOK;
         if leads.is_some() && is_watched(&consensus) && votes() {
+            pause = LOOK;
+            let watch = watch.get_or_insert_with(|| Watch::new(consensus.clone()));
             stop.run_until_cancelled(watch.look(downs.settled(now_ms))).await;
         }
     }
@@ -97,7 +103,7 @@ fn locked(detector: &Mutex<Detector>) -> std::sync::MutexGuard<'_, Detector> {
 
 impl Watch {
     fn new(consensus: Consensus) -> Self {
-        let settings = Settings::default();
+        let settings = Settings::of(&consensus.replica().state());
         let detector = Arc::new(Mutex::new(Detector::new(settings)));
         Self { consensus, settings, detector, questions: JoinSet::new(), told: BTreeMap::new() }
     }

@@ -133,7 +133,7 @@ async fn a_member_whose_cluster_has_a_feature_level_that_it_does_not_know_stops_
     let folder = TempDir::new().unwrap();
     let consensus = open(folder.path()).await;
     begin(&consensus).await;
-    let level = crate::node::FEATURE_LEVEL + 1;
+    let level = crate::node::feature_level() + 1;
     // Another program on this node, which knew more, has said so before this one was installed.
     let raise = MemberCommand::RaiseLevel { level, node: 1, knows: level };
     let answer = consensus.propose(proposal(Command::Member(Box::new(raise)))).await;

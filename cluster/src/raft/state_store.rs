@@ -26,7 +26,7 @@ use super::replica::{Change, Changed, Replica};
 use super::storage::{self, Storage, blocking, blocking_here};
 use super::types::{Applied, Entry, LogId, SnapshotMeta, StoredMembership, Types};
 use crate::clock::Clock;
-use crate::node::FEATURE_LEVEL;
+use crate::node::feature_level;
 use crate::state::{Command, RecordError, RecordKey, State};
 
 const RECORDS: TableDefinition<&str, &[u8]> = TableDefinition::new("records");
@@ -61,7 +61,8 @@ pub enum StateError {
     },
     /// The cluster agreed on commands that this program may not know: going on, it could come to another state than the others.
     #[error(
-        "the cluster has feature level {needs}, this program knows up to {FEATURE_LEVEL}: install a newer version"
+        "the cluster has feature level {needs}, this program knows up to {}: install a newer version",
+        feature_level()
     )]
     Level {
         /// The feature level of the cluster.
@@ -204,7 +205,7 @@ fn record_error(error: RecordError) -> io::Error {
 /// Whether this program knows all that the cluster may have agreed on.
 fn check_level(state: &State) -> Result<(), StateError> {
     match state.cluster().map(|cluster| cluster.feature_level) {
-        Some(needs) if needs > FEATURE_LEVEL => Err(StateError::Level { needs }),
+        Some(needs) if needs > feature_level() => Err(StateError::Level { needs }),
         _ => Ok(()),
     }
 }

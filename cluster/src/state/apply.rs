@@ -9,7 +9,9 @@ use blixard_vmm_api::health::HealthState;
 use super::address::{HostRange, nic};
 use super::command::{Answer, Command, Outcome, Proposal, Refusal};
 use super::placement::{Departure, Leaving, Upkeep};
-use super::records::{ClusterRecord, NetworkRecord, NicRecord, NodeId, NodeRecord, Observed, Pins, VmRecord};
+use super::records::{
+    ClusterRecord, LEASES_MS, NetworkRecord, NicRecord, NodeId, NodeRecord, Observed, Pins, VmRecord,
+};
 use super::{ANSWER_KEPT_MS, ANSWERS_MAX, KeptAnswer, NODE_VMS_MAX, RecordKey, State, VMS_MAX, workload};
 use crate::scheduler::cluster;
 
@@ -70,8 +72,16 @@ impl State {
 
     fn run(&mut self, command: &Command, now_ms: u64) -> Outcome {
         match command {
-            Command::InitCluster { feature_level, network, node, node_name } => {
-                self.init(*feature_level, network, *node, node_name, now_ms)
+            Command::InitCluster { feature_level, network, node, node_name, lease_ms } => {
+                let first = ClusterRecord {
+                    feature_level: *feature_level,
+                    created_at_ms: now_ms,
+                    // 4096 revisions per millisecond of cluster life are never reached, and 2^53 is not passed before the year 2039.
+                    plan_base: now_ms.saturating_mul(REVISIONS_PER_MS),
+                    next_node: node.saturating_add(1),
+                    lease_ms: (*lease_ms).clamp(*LEASES_MS.start(), *LEASES_MS.end()),
+                };
+                self.init(first, network, *node, node_name)
             }
             Command::RenameNode { node, name } => {
                 let record = self.nodes.get_mut(node).ok_or(Refusal::NoNode(*node))?;
@@ -141,23 +151,16 @@ impl State {
 
     fn init(
         &mut self,
-        feature_level: u32,
+        first: ClusterRecord,
         network: &NetworkRecord,
         node: NodeId,
         node_name: &str,
-        now_ms: u64,
     ) -> Outcome {
         if self.cluster.is_some() {
             return Err(Refusal::Initialised);
         }
-        // 4096 revisions per millisecond of cluster life are never reached, and 2^53 is not passed before the year 2039.
-        let plan_base = now_ms.saturating_mul(REVISIONS_PER_MS);
-        self.cluster = Some(Arc::new(ClusterRecord {
-            feature_level,
-            created_at_ms: now_ms,
-            plan_base,
-            next_node: node.saturating_add(1),
-        }));
+        let feature_level = first.feature_level;
+        self.cluster = Some(Arc::new(first));
         self.changed.insert(RecordKey::Cluster);
         self.networks.insert(network.name.clone(), Arc::new(network.clone()));
         self.changed.insert(RecordKey::Network(network.name.clone()));

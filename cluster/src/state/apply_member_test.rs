@@ -1,8 +1,8 @@
 //! Nodes join, change and leave; the feature level rises.
 
 use super::*;
-use crate::node::FEATURE_LEVEL as LEVEL;
 use crate::state::Command;
+use crate::state::command::LEASE_LEVEL as LEVEL;
 use crate::state::testing::{Cluster, create, id, tell};
 
 /// One that this program does not know.

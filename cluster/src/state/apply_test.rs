@@ -6,8 +6,12 @@ use blixard_api::vm::{Desired, Phase};
 use proptest::prelude::*;
 
 use super::super::ANSWER_KEPT_MS;
+use super::super::records::{ClusterRecord, LEASE_MS, LEASES_MS};
 use super::super::testing::{Cluster, blob, create, id, image, init, kernel};
-use super::super::{Answer, Command, Key, Observed, Outcome, RecordKey, Refusal, State, invariants};
+use super::super::{
+    Answer, Command, Key, Observed, Outcome, Proposal, RecordKey, Refusal, State, invariants,
+};
+use crate::liveness::Settings;
 
 fn told(start: u64, phase: Phase) -> Observed {
     Observed { phase, guest_ready: phase == Phase::Running, ..Observed::nothing(start) }
@@ -31,6 +35,28 @@ fn delete(number: u128, force: bool) -> Command {
 
 fn plan_generation(state: &State) -> u64 {
     state.node(1).unwrap().plan_generation
+}
+
+#[test]
+fn a_cluster_keeps_the_length_of_leases_that_it_was_made_with_and_older_ones_have_the_default() {
+    let lease_of = |command: &str| {
+        let mut state = State::default();
+        let command = serde_json::from_str(command).unwrap();
+        state.apply(1, &Proposal { now_ms: 1, key: None, command }).unwrap();
+        let record = serde_json::to_string(state.cluster().unwrap()).unwrap();
+        let read: ClusterRecord = serde_json::from_str(&record).unwrap();
+        assert_eq!(read, **state.cluster().unwrap());
+        (Settings::of(&state).lease_ms, record)
+    };
+    let text = serde_json::to_string(&init(16)).unwrap();
+    assert!(!text.contains("lease"), "as older programs write and read it: {text}");
+    let (lease_ms, record) = lease_of(&text);
+    assert_eq!(lease_ms, LEASE_MS);
+    assert!(!record.contains("lease"), "{record}");
+    let with =
+        |lease_ms: u64| text.replacen("\"node_name\"", &format!("\"lease_ms\":{lease_ms},\"node_name\""), 1);
+    assert_eq!(lease_of(&with(20_000)).0, 20_000);
+    assert_eq!(lease_of(&with(1)).0, *LEASES_MS.start(), "applying never fails half way");
 }
 
 #[test]

@@ -51,6 +51,12 @@ pub enum Command {
         node: NodeId,
         /// Its name.
         node_name: String,
+        /// How long a lease lasts, in milliseconds ([`ClusterRecord::lease_ms`](super::ClusterRecord::lease_ms)).
+        #[serde(
+            default = "super::records::default_lease_ms",
+            skip_serializing_if = "super::records::is_default_lease"
+        )]
+        lease_ms: u64,
     },
     /// Gives a node another name. Legal for a known node.
     RenameNode {
@@ -166,6 +172,9 @@ pub const HEALTH_LEVEL: u32 = 4;
 
 /// Feature level from which on a node that has not told what it has takes no VM, and a VM keeps its room until its policy starts it again.
 pub const ROOM_LEVEL: u32 = 5;
+
+/// Feature level from which on a cluster may have another length of leases than [`LEASE_MS`](super::records::LEASE_MS).
+pub const LEASE_LEVEL: u32 = 6;
 
 /// Whether a spec says something about its place or restarts.
 fn asks_for_a_place(spec: &VmSpec) -> bool {

@@ -61,7 +61,7 @@ fn join(token: &str, key: &str) -> Command {
         public_key: Some(key.into()),
         labels: BTreeMap::new(),
         version: "1".into(),
-        feature_level: crate::node::FEATURE_LEVEL,
+        feature_level: crate::node::feature_level(),
         trust_version: 0,
     };
     member(MemberCommand::Join { token: token.into(), facts: Box::new(facts) })

@@ -34,6 +34,26 @@ pub struct ClusterRecord {
     /// Number of the next node: numbers are never given twice.
     #[serde(default = "second")]
     pub next_node: NodeId,
+    /// How long a lease lasts, in milliseconds. The same for all nodes and for ever: whoever gave one and whoever waits for its end
+    /// must mean the same.
+    #[serde(default = "default_lease_ms", skip_serializing_if = "is_default_lease")]
+    pub lease_ms: u64,
+}
+
+/// How long a lease lasts in milliseconds, unless whoever makes the cluster says otherwise.
+pub const LEASE_MS: u64 = 5_000;
+/// How long it may last. Heartbeats, which renew it, come every half second; agents take it for a mistake above ten minutes.
+pub const LEASES_MS: std::ops::RangeInclusive<u64> = 5_000..=300_000;
+
+/// The lease of clusters that were made before there was a choice.
+pub(super) fn default_lease_ms() -> u64 {
+    LEASE_MS
+}
+
+/// Left out then, as older programs write it.
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "as serde calls it")]
+pub(super) fn is_default_lease(lease_ms: &u64) -> bool {
+    *lease_ms == LEASE_MS
 }
 
 /// The next node of a cluster that was made when clusters had one.

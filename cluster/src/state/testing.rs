@@ -48,10 +48,11 @@ pub fn init(prefix: u8) -> Command {
         next_host: 2,
     };
     Command::InitCluster {
-        feature_level: crate::node::FEATURE_LEVEL,
+        feature_level: crate::node::feature_level(),
         network,
         node: 1,
         node_name: "one".into(),
+        lease_ms: super::records::LEASE_MS,
     }
 }
 
@@ -94,7 +95,7 @@ pub struct Cluster {
 impl Cluster {
     /// A cluster with an image, a kernel and a network of this prefix length.
     pub fn new(prefix: u8) -> Self {
-        Self::at_level(prefix, crate::node::FEATURE_LEVEL)
+        Self::at_level(prefix, crate::node::feature_level())
     }
 
     /// The same with this feature level.
