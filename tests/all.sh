@@ -74,7 +74,7 @@ if [ "$only" != unit ]; then
         if [ "$only" = hosts ] || [ -z "$filter" ]; then
             say "three hosts, in the rig"
             test_program three_hosts
-            sh tests/in-rig.sh "$bin/blixard-rig" --hosts 3 --timeout 900 --share "$programs:/opt/blixard" \
+            sh tests/in-rig.sh "$bin/blixard-rig" --hosts 3 --timeout 1200 --share "$programs:/opt/blixard" \
                 --share "$images:/opt/images" --share "$PWD/nix/systemd:/opt/units" -- \
                 "BLIXARD_THREE_HOSTS=1 /opt/blixard/three_hosts $filter"
         fi

@@ -16,13 +16,18 @@ install -m 755 "$programs/blixard" /usr/bin/blixard
 install -m 644 -D "$units/blixard.sysusers" /usr/lib/sysusers.d/blixard.conf
 install -m 644 -D "$units/blixard.tmpfiles" /usr/lib/tmpfiles.d/blixard.conf
 install -m 644 -D "$units/blixard.sysctl" /usr/lib/sysctl.d/60-blixard.conf
-install -m 644 "$units"/*.service "$units"/*.socket /etc/systemd/system/
+changed=
+for unit in "$units"/*.service "$units"/*.socket; do
+    there=/etc/systemd/system/${unit##*/}
+    cmp -s "$unit" "$there" || { install -m 644 "$unit" "$there"; changed=yes; }
+done
 systemd-sysusers blixard.conf
 systemd-tmpfiles --create blixard.conf
 sysctl -q -p /usr/lib/sysctl.d/60-blixard.conf
 [ -e /etc/blixard/agent.toml ] || printf 'node_uid = %s\nnetd = "/run/blixard/netd.sock"\n' "$(id -u blixard)" >/etc/blixard/agent.toml
-# This also makes systemd read the units anew.
-systemctl enable -q blixard-netd.socket blixard-guard.service blixard-agent.service blixard-node.service
+# This also makes systemd read the units anew, which takes seconds on a slow host.
+enabled="blixard-netd.socket blixard-guard.service blixard-agent.service blixard-node.service"
+if [ -n "$changed" ] || ! systemctl -q is-enabled $enabled; then systemctl -q enable $enabled; fi
 # Those that were started too often, because what was installed before does not run.
 systemctl reset-failed 'blixard-*' 2>/dev/null || true
 # One after the other. The guard and the agent stand in for each other, and the node, which is away no longer than it takes itself to

@@ -23,7 +23,7 @@ const ANSWER_MAX: Duration = Duration::from_secs(20);
 /// What an operator of slow hosts sets: each processor here is a share of an emulated one, and a node takes ten seconds and more to start again.
 const SLOW: &str = "[Service]
 ExecStart=
-ExecStart=/usr/lib/blixard/blixard-node --socket /run/blixard-node/node.sock --election-timeout 1000 --lease 30000";
+ExecStart=/usr/lib/blixard/blixard-node --socket /run/blixard-node/node.sock --election-timeout 1000 --lease 20000";
 /// Folder of the forwarded sockets.
 const SOCKETS: &str = "/run/three-hosts";
 
